@@ -1,0 +1,113 @@
+"""A reversible override of one attention module, and the scores of one query.
+
+The global attention mapping of transformers is not touched but for one new key. A module is
+overridden by giving it its own shallow copy of its config that names this key: its siblings, other
+models and the code that builds masks keep theirs.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dycoke.errors import UnsupportedError
+
+KEY = "dycoke"
+
+# (inner, module, args, kwargs) -> what the attention function returns. `inner` is the function
+# that the module would have called; args are query, key, value, attention_mask.
+Handler = Callable[[Callable[..., Any], nn.Module, list[Any], dict[str, Any]], Any]
+
+
+class Override:
+    """Routes one attention module's calls through a handler, until `restore`."""
+
+    def __init__(self, module: nn.Module, handler: Handler) -> None:
+        self.module, self.handler = module, handler
+        self.config = module.config
+        self.inner = _inner_function(module)
+        if KEY not in ALL_ATTENTION_FUNCTIONS:
+            AttentionInterface.register(KEY, _dispatch)
+        config = copy.copy(self.config)
+        config._attn_implementation_internal = KEY
+        config.dycoke_override = self
+        module.config = config
+
+    def restore(self) -> None:
+        self.module.config = self.config
+
+    def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The module's own attention function, seeing the module's own config."""
+        # FlashAttention reads module.config._attn_implementation to choose its kernel.
+        ours, module.config = module.config, self.config
+        try:
+            return self.inner(module, *args, **kwargs)
+        finally:
+            module.config = ours
+
+
+def _dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    override: Override = module.config.dycoke_override  # type: ignore[union-attr,assignment]
+    return override.handler(override.call, module, list(args), kwargs)
+
+
+def _inner_function(module: nn.Module) -> Callable[..., Any]:
+    """The attention function this module uses now. "eager" lives beside the module's class."""
+    implementation = module.config._attn_implementation  # type: ignore[union-attr]
+    if implementation == "flex_attention":
+        raise UnsupportedError(
+            "FlexAttention's block masks cannot follow rows that move; load the model with "
+            'attn_implementation="sdpa" (or flash_attention_2, eager)'
+        )
+    source = inspect.getmodule(inspect.unwrap(type(module).forward))
+    source = source or sys.modules[type(module).__module__]
+    eager = getattr(source, "eager_attention_forward", None)
+    function: Callable[..., Any] | None = ALL_ATTENTION_FUNCTIONS.get_interface(
+        implementation, eager
+    )
+    if function is None:
+        raise UnsupportedError(
+            f"the attention implementation {implementation!r} of {type(module).__name__} was not "
+            'found; load the model with attn_implementation="sdpa"'
+        )
+    return function
+
+
+def query_scores(
+    query: Tensor, keys: Tensor, scaling: float | None, key_mask: Tensor | None
+) -> Tensor:
+    """Attention of one query to all keys, averaged over heads.
+
+    Parameters
+    ----------
+    query : Tensor, shape (B, H, 1, D)
+    keys : Tensor, shape (B, H / G, T, D)
+        Grouped heads are shared as in grouped-query attention.
+    scaling : float or None
+        1 / sqrt(D) where None.
+    key_mask : Tensor, bool, shape (B, T), or None
+        False hides a key.
+
+    Returns
+    -------
+    Tensor, shape (B, T)
+        Mean over heads of the softmax over keys; float32, or float64 for float64 inputs.
+    """
+    batch, heads, _, width = query.shape
+    groups = keys.shape[1]
+    # Half precision would make near-equal scores equal; one query is cheap in float32.
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scaling = width**-0.5 if scaling is None else scaling
+    grouped = query.to(dtype).view(batch, groups, heads // groups, width) * scaling
+    logits = grouped @ keys.to(dtype).transpose(2, 3)
+    if key_mask is not None:
+        logits = logits.masked_fill(~key_mask[:, None, None], -torch.inf)
+    return logits.softmax(-1).mean((1, 2))

@@ -1,0 +1,291 @@
+"""The KV cache of one generation: every row once, in the order that decoding wants.
+
+A layer that is pruned while decoding keeps, per sample, right-aligned::
+
+    [ padding | bank | active | text and generated tokens ]
+
+so that a decode step attends to one contiguous view, from the first active row on. Changing the
+selection exchanges rows in place. Other layers keep their rows in prompt order. RoPE is in the
+keys already, so the order of rows does not matter to attention.
+
+To the outside (`generate` slices follow-up prompts by it) the cache has its *logical* length, the
+tokens of the whole prompt and of the answer. To the masks it has its *physical* length, the rows
+that are really there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from dycoke.errors import UnsupportedError
+from dycoke.rows import RowMap, Visual
+from dycoke.selection import swap_pairs
+
+ROOM = 64  # rows allocated ahead, so that a token costs no copy of the whole buffer
+
+
+class VideoLayer(DynamicLayer):
+    """One decoder layer's keys and values, in a buffer with room to grow.
+
+    ``keys`` and ``values`` are views of the filled part, (B, heads, T, D).
+    """
+
+    def __init__(self, rows: RowMap) -> None:
+        super().__init__()
+        self.rows = rows
+        self.length = 0
+        self.buffers: list[Tensor] = []  # keys, values: (B, heads, capacity, D)
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        new, prefill = (key_states, value_states), not self.is_initialized
+        count = key_states.shape[2]
+        if prefill:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.is_initialized = True
+        if prefill or self.length + count > self.buffers[0].shape[2]:
+            self._grow(new, self.length + count + ROOM)
+        for buffer, states in zip(self.buffers, new, strict=True):
+            if prefill and self.rows.order is not None:
+                order = self.rows.order.to(states.device)[:, None, :, None]
+                states = states.gather(2, order.expand_as(states))
+            buffer[:, :, self.length : self.length + count] = states
+        self._set_length(self.length + count)
+        if prefill:
+            return new
+        start = self.rows.start if count == 1 else 0
+        return self.keys[:, :, start:], self.values[:, :, start:]
+
+    def _grow(self, like: tuple[Tensor, Tensor], capacity: int) -> None:
+        for i, states in enumerate(like):
+            batch, heads, _, width = states.shape
+            buffer = states.new_empty(batch, heads, capacity, width)
+            if self.length:
+                buffer[:, :, : self.length] = self.buffers[i][:, :, : self.length]
+                self.buffers[i] = buffer
+            else:
+                self.buffers.append(buffer)
+
+    def _set_length(self, length: int) -> None:
+        self.length = length
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+
+    def exchange(self, first: Tensor, second: Tensor) -> None:
+        """Exchange rows ``first[b, i]`` and ``second[b, i]`` of sample b, all at once."""
+        to = torch.cat([first, second], dim=1).to(self.device)
+        source = torch.cat([second, first], dim=1).to(self.device)
+        for buffer in self.buffers:
+            shape = (to.shape[0], buffer.shape[1], to.shape[1], buffer.shape[3])
+            moved = buffer.gather(2, source[:, None, :, None].expand(shape))
+            buffer.scatter_(2, to[:, None, :, None].expand(shape), moved)
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        # The new end is below every row that `exchange` may move: the cache has checked that.
+        if self.is_initialized:
+            self._set_length(self.length - abs(int(tokens_to_remove)))
+
+    def map_batch(self, pick: Callable[[Tensor], Tensor]) -> None:
+        if self.is_initialized:
+            self.buffers = [pick(buffer) for buffer in self.buffers]
+            self._set_length(self.length)
+
+    def reset(self) -> None:
+        raise UnsupportedError("a DyCoke cache cannot be reset; pass a new DynamicCache()")
+
+    def offload(self) -> None:
+        raise UnsupportedError("a DyCoke cache cannot be offloaded; pass no cache_implementation")
+
+    prefetch = offload
+
+
+@dataclass(eq=False)
+class Generation:
+    """What belongs to one generation and dies with its cache.
+
+    Attributes
+    ----------
+    owner : the settings that made the cache; equal settings may go on with it.
+    prompt_length : tokens of the whole prompt at prefill, padding included.
+    length : logical tokens so far.
+    plain, pruned : row maps of the layers below `prune_layer` and from there on.
+    visual : the visual tokens.
+    dropped : Tensor, long, (B,): tokens of each prompt that were merged away.
+    tally : what the report is made from; belongs to the engine.
+    step : the decoder forward that runs now; rows may be added only inside one.
+    refuse_crop : why `crop` must not be used, where it must not.
+    """
+
+    owner: Any
+    prompt_length: int
+    length: int
+    plain: RowMap
+    pruned: RowMap
+    visual: Visual
+    dropped: Tensor
+    tally: Any = None
+    step: Any = None
+    refuse_crop: str | None = None
+
+    @property
+    def prunes(self) -> bool:
+        return self.pruned is not self.plain
+
+
+class DycokeCache(DynamicCache):
+    """The `DynamicCache` that generate made, grown into one with rows that move (`adopt`)."""
+
+    generation: Generation
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self.generation.step is None:
+            raise UnsupportedError(
+                "this cache was made by DyCoke and its rows are not in prompt order; go on with it "
+                "inside the `with` block of the same settings (or use dycoke.apply), or start "
+                "with a new cache"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.generation.length
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        # Masks place the new queries by it: with the logical length they would see the future.
+        return self.layers[layer_idx].get_seq_length()
+
+    @property
+    def is_croppable(self) -> bool:
+        # A step that is undone may have changed the selection.
+        return not self.generation.prunes
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens: as a stock cache, a negative number, or 0."""
+        generation = self.generation
+        if generation.refuse_crop:
+            raise UnsupportedError(generation.refuse_crop)
+        count = -int(tokens_to_remove)
+        if count < 0:
+            raise UnsupportedError(
+                f"crop({int(tokens_to_remove)}) asks for a length; a DyCoke cache takes the "
+                "number of newest tokens to forget, as a negative number"
+            )
+        if count == 0:
+            return
+        left = generation.length - count
+        if left < generation.prompt_length:
+            self._crop_prompt(generation.prompt_length - left)
+        generation.length = left
+        generation.visual.previous = None
+        super().crop(-count)
+
+    def _crop_prompt(self, count: int) -> None:
+        """Shorten the row maps by the prompt's last tokens, if those are rows of their own."""
+        generation = self.generation
+        left = generation.prompt_length - count
+        for rows in {id(r): r for r in (generation.plain, generation.pruned)}.values():
+            tail = torch.arange(left, left + count, device=rows.index.device)
+            if left <= 0 or not (rows.index[:, -count:] == tail).all():
+                raise UnsupportedError(
+                    f"cannot crop to {left} of the prompt's {generation.prompt_length} tokens: "
+                    "that reaches into the video; crop less, or prefill anew"
+                )
+            rows.index = rows.index[:, :-count]
+            if rows.order is not None:
+                rows.order = rows.order[:, :-count]
+        generation.prompt_length = left
+
+    def select(self, chosen: Tensor) -> Tensor:
+        """Make ``chosen``, bool (B, V), the active set; returns how many came from the bank, (B,).
+
+        Exchanges rows in every layer that shares the pruned row map.
+        """
+        visual, rows = self.generation.visual, self.generation.pruned
+        recalled = (chosen & ~visual.active).sum(1)
+        pairs = swap_pairs(visual.active, chosen)
+        visual.active = chosen
+        if pairs is None:
+            return recalled
+        leaving, entering = pairs
+        first, second = visual.slots.gather(1, leaving), visual.slots.gather(1, entering)
+        for layer in self.layers:
+            if layer.rows is rows:
+                layer.exchange(first, second)
+        visual.slots.scatter_(1, leaving, second).scatter_(1, entering, first)
+        index = rows.index.clone()
+        index.scatter_(1, first, rows.index.gather(1, second))
+        rows.index = index.scatter_(1, second, rows.index.gather(1, first))
+        return recalled
+
+    def _map_batch(self, pick: Callable[[Tensor], Tensor]) -> None:
+        generation = self.generation
+        maps = {
+            id(rows): rows.map_batch(pick) for rows in (generation.plain, generation.pruned)
+        }
+        for layer in self.layers:
+            layer.map_batch(pick)
+            layer.rows = maps[id(layer.rows)]
+        generation.plain = maps[id(generation.plain)]
+        generation.pruned = maps[id(generation.pruned)]
+        generation.visual.map_batch(pick)
+        generation.dropped = pick(generation.dropped)
+        generation.tally.map_batch(pick)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_batch(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map_batch(lambda x: x[indices.to(x.device)])
+
+    def reset(self) -> None:
+        raise UnsupportedError("a DyCoke cache cannot be reset; pass a new DynamicCache()")
+
+
+def adopt(cache: DynamicCache, generation: Generation, prune_layer: int, layers: int) -> None:
+    """Turn an empty `DynamicCache` into ours, in place: generate holds a reference to it."""
+    cache.layers = [
+        VideoLayer(generation.pruned if i >= prune_layer else generation.plain)
+        for i in range(layers)
+    ]
+    cache.layer_class_to_replicate = None
+    cache.__class__ = DycokeCache
+    cache.generation = generation  # type: ignore[attr-defined]
+
+
+def kv_bytes(cache: Any) -> int:
+    """Bytes of the unique storages that a cache holds."""
+    storages = {}
+    for layer in getattr(cache, "layers", ()):
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def kv_bytes_full(cache: Any) -> int:
+    """Bytes that a stock `DynamicCache` would hold now for the same tokens, uncompressed."""
+    total = 0
+    for layer in getattr(cache, "layers", ()):
+        if not isinstance(getattr(layer, "keys", None), Tensor):
+            continue
+        for tensor in (layer.keys, layer.values):
+            batch, heads, length, width = tensor.shape
+            if isinstance(layer, VideoLayer):
+                length = cache.generation.length
+            total += batch * heads * length * width * tensor.element_size()
+    return total

@@ -1,0 +1,29 @@
+"""Validation of settings: every message names the value and the allowed range."""
+
+from __future__ import annotations
+
+import numbers
+
+
+def check_number(name: str, value: object, allowed: str) -> float:
+    """Return ``value`` as a float, or say that it is no number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number in {allowed}, got {value!r}")
+    return float(value)
+
+
+def check_ratio(name: str, value: object) -> float:
+    """Return ``value`` as a float in [0, 1), or say what is wrong with it."""
+    ratio = check_number(name, value, "[0, 1)")
+    if not 0.0 <= ratio < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+    return ratio
+
+
+def check_count(name: str, value: object, least: int = 1) -> int:
+    """Return ``value`` as an int of at least ``least``, or say what is wrong with it."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return int(value)

@@ -1,0 +1,223 @@
+"""The base of all methods, and DyCoke itself.
+
+A compressor is settings and formulas only. It holds no state: the same object serves any number of
+models and videos, in turn or at once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from dycoke.engine import Engine, engine_of
+from dycoke.checks import check_count, check_number, check_ratio
+from dycoke.merging import merge_mask, merge_mean
+from dycoke.report import Report
+from dycoke.rows import Visual
+from dycoke.selection import needs_refresh, top_mask
+from dycoke.tally import Trace
+
+
+class Run:
+    """A model under compression, and what happened so far."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def reports(self) -> list[Report]:
+        """Reports of the last 100 generations, oldest first."""
+        return self._engine.reports()
+
+    @property
+    def report(self) -> Report | None:
+        """The report of the last generation; None before the first."""
+        reports = self.reports
+        return reports[-1] if reports else None
+
+    @property
+    def trace(self) -> Trace | None:
+        """What the last generation kept and attended to; None unless ``trace=True``."""
+        return self._engine.traced()
+
+
+class Compressor(ABC):
+    """Settings of a method: ``with Method(...)(model) as run: model.generate(...)``."""
+
+    prune_ratio: float = 0.0
+    prune_layer: int = 1
+    positions: str = "original"
+
+    @property
+    @abstractmethod
+    def idle(self) -> bool:
+        """True where the settings ask for no compression at all."""
+
+    @abstractmethod
+    def merge_tokens(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Which visual tokens of a video enter the LLM.
+
+        Parameters
+        ----------
+        features : Tensor, shape (F, N, D)
+
+        Returns
+        -------
+        features : Tensor, shape (F, N, D)
+            What goes on at the places that stay; the input itself where nothing is averaged.
+        keep : Tensor, bool, shape (F, N)
+        """
+
+    @abstractmethod
+    def select_tokens(self, scores: Tensor, visual: Visual) -> tuple[Tensor, Tensor]:
+        """Which visual tokens a decode step attends to.
+
+        Parameters
+        ----------
+        scores : Tensor, shape (B, V)
+            Attention of the newest token in layer ``prune_layer - 1``; 0 for padding.
+        visual : Visual
+            Counts, the active set, and the attention of the step before.
+
+        Returns
+        -------
+        active : Tensor, bool, shape (B, V)
+            ``visual.counts[b]`` tokens of each sample.
+        refreshed : Tensor, bool, shape (B,)
+        """
+
+    def __call__(self, model: Any, trace: bool = False) -> AbstractContextManager[Run]:
+        """Compress what ``model`` generates inside a ``with`` block.
+
+        Parameters
+        ----------
+        model : a transformers model of a known family.
+        trace : keep masks, active sets and attention of the last generation in ``run.trace``.
+
+        Raises
+        ------
+        UnsupportedError
+            Where this cannot work on this model, with the way out.
+        """
+        return _applied(model, self, trace)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, ready for JSON."""
+        return asdict(self)  # type: ignore[call-overload,no-any-return]
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; settings left out take their defaults."""
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise ValueError(
+                f"{cls.__name__} has no setting {', '.join(map(repr, unknown))}; "
+                f"it has {', '.join(sorted(known))}"
+            )
+        return cls(**settings)
+
+
+@contextmanager
+def _applied(model: Any, compressor: Compressor, trace: bool) -> Iterator[Run]:
+    engine = Engine(model, compressor, trace)
+    engine.install()
+    try:
+        yield Run(engine)
+    finally:
+        engine.remove()
+
+
+def apply(model: Any, compressor: Compressor, trace: bool = False) -> Run:
+    """Compress what ``model`` generates from now on, until `remove`.
+
+    Raises
+    ------
+    UnsupportedError
+        Where this cannot work on this model, or it is compressed already.
+    """
+    engine = Engine(model, compressor, trace)
+    engine.install()
+    return Run(engine)
+
+
+def remove(model: Any) -> None:
+    """Restore a model that `apply` changed; does nothing to another one."""
+    engine = engine_of(model)
+    if engine is not None:
+        engine.remove()
+
+
+@dataclass(frozen=True)
+class DyCoke(Compressor):
+    """Dynamic compression of video tokens (https://arxiv.org/abs/2411.15024).
+
+    Parameters
+    ----------
+    merge_ratio : float in [0, 1)
+        Share of a non-anchor frame's tokens that is merged away before the LLM (K).
+    prune_ratio : float in [0, 1)
+        Share of the remaining visual tokens that a decode step does not attend to (P).
+    prune_layer : int, at least 1
+        Decoder layers with this index and above attend to the active set (L).
+    window : int, at least 1
+        Frames that share one anchor.
+    refresh_threshold : float in [0, 1]
+        The active set is chosen anew where the attention's cosine similarity to the step before
+        is below this. 0 chooses once.
+    merge : "keep" or "mean"
+        What stands for a merged token: its counterpart as it is, or the mean of both.
+    positions : "original" or "compact"
+        Kept tokens keep their positions, or are numbered through (1-D RoPE only).
+
+    Notes
+    -----
+    Ratio 0 for both is the identity: generate runs untouched.
+    """
+
+    merge_ratio: float = 0.7
+    prune_ratio: float = 0.7
+    prune_layer: int = 3
+    window: int = 4
+    refresh_threshold: float = 0.9
+    merge: Literal["keep", "mean"] = "keep"
+    positions: Literal["original", "compact"] = "original"
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__  # the only way to normalise a frozen dataclass
+        set_field(self, "merge_ratio", check_ratio("merge_ratio", self.merge_ratio))
+        set_field(self, "prune_ratio", check_ratio("prune_ratio", self.prune_ratio))
+        set_field(self, "prune_layer", check_count("prune_layer", self.prune_layer))
+        set_field(self, "window", check_count("window", self.window))
+        threshold = check_number("refresh_threshold", self.refresh_threshold, "[0, 1]")
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"refresh_threshold must be in [0, 1], got {threshold!r}")
+        set_field(self, "refresh_threshold", threshold)
+        for name, allowed in (("merge", ("keep", "mean")), ("positions", ("original", "compact"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, allowed))}, "
+                    f"got {getattr(self, name)!r}"
+                )
+
+    @property
+    def idle(self) -> bool:
+        return self.merge_ratio == 0 and self.prune_ratio == 0
+
+    def merge_tokens(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        keep = merge_mask(features, self.merge_ratio, self.window)
+        if self.merge == "mean":
+            features = merge_mean(features, keep, self.window)
+        return features, keep
+
+    def select_tokens(self, scores: Tensor, visual: Visual) -> tuple[Tensor, Tensor]:
+        refreshed = needs_refresh(scores, visual.previous, self.refresh_threshold)
+        refreshed = refreshed & visual.valid.any(1)
+        chosen = top_mask(scores.masked_fill(~visual.valid, -torch.inf), visual.counts)
+        return torch.where(refreshed[:, None], chosen, visual.active), refreshed

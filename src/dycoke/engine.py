@@ -1,0 +1,569 @@
+"""The hooks that compress under an untouched ``generate()``.
+
+A video's way: the model's pre-hook finds the video tokens in the prompt; the decoder's pre-hook
+drops merged rows and grows generate's cache into ours; at each decode step the attention override
+of one layer scores the visual tokens, a new selection exchanges rows, and the layers above attend
+to the active ones. A method takes part through doors (`Method`).
+
+Nothing here knows a model family (`models`) or a formula (`merging`, `selection`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from dycoke.attention import Override, query_scores
+from dycoke.cache import DycokeCache, Generation, adopt
+from dycoke.errors import UnsupportedError
+from dycoke.models import Prompt, VideoSpan, encoded_rows, family_of
+from dycoke.report import Report
+from dycoke.rows import Arrangement, Visual, arrange
+from dycoke.tally import IDLE, NO_VIDEO, SampleTrace, Tally, Trace, videos_by_sample
+
+
+class Method(Protocol):
+    """The doors of a method, and the settings that the engine itself needs."""
+
+    prune_ratio: float
+    prune_layer: int
+    positions: str
+
+    @property
+    def idle(self) -> bool:
+        """True where the settings ask for no compression at all."""
+        ...
+
+    def merge_tokens(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Before the LLM: features (F, N, D) -> features to go on with, keep mask (F, N)."""
+        ...
+
+    def select_tokens(self, scores: Tensor, visual: Visual) -> tuple[Tensor, Tensor]:
+        """At a decode step: attention (B, V) -> active set (B, V), refreshed (B,)."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class Step:
+    """One forward of the decoder.
+
+    Attributes
+    ----------
+    length : tokens that come in, before any are dropped.
+    tally : where it is counted; ``counts`` says whether as a decode step.
+    cache : the cache, where it is one of ours; ``prefill`` says whether it is new.
+    attention_mask : the user's, (B, logical length), or None.
+    plain_mask : which keys the layers that are not pruned may see, (B, rows), or None.
+    pruned_masks : per device, what the pruned layers hand to their attention function.
+    """
+
+    tally: Tally
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.counts = False
+        self.cache: DycokeCache | None = None
+        self.prefill = False
+        self.attention_mask: Tensor | None = None
+        self.plain_mask: Tensor | None = None
+        self.pruned_masks: dict[torch.device, Any] = {}
+
+    @property
+    def decode(self) -> bool:
+        return self.length == 1 and not self.prefill
+
+
+# Models that an engine is on, by their decoder; one engine at a time.
+_ENGAGED: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
+
+
+def engine_of(model: Any) -> Engine | None:
+    """The engine that is on this model now, if any."""
+    return _ENGAGED.get(model.get_decoder())
+
+
+class Engine:
+    """One method on one model, from `install` to `remove`.
+
+    Forwards of the decoder are serialised: threads may share the model, each with its own
+    generation.
+    """
+
+    def __init__(self, model: Any, method: Method, trace: bool = False) -> None:
+        for name in ("get_decoder", "config", "base_model"):
+            if not hasattr(model, name):
+                raise TypeError(
+                    f"expected a transformers model, got {type(model).__name__} without .{name}"
+                )
+        self.model, self.method, self.trace = model, method, trace
+        self.base: nn.Module = model.base_model
+        self.decoder: nn.Module = model.get_decoder()
+        self.family = family_of(self.base.config)
+        self.implementation = self.decoder.config._attn_implementation  # type: ignore[union-attr]
+        self.tallies: deque[Tally] = deque(maxlen=100)
+        self.step: Step | None = None
+        self._local = threading.local()
+        self._turn = threading.Lock()
+        self._owner: int | None = None
+        self._hooks: list[Any] = []
+        self._overrides: list[Override] = []
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        method = self.method
+        layers = len(self._layers())
+        if method.prune_ratio > 0 and method.prune_layer >= layers:
+            raise UnsupportedError(
+                f"prune_layer={method.prune_layer} leaves no layer to prune: the decoder has "
+                f"{layers} layers; choose 1 to {layers - 1}, or prune_ratio=0"
+            )
+        if method.positions == "compact" and self.family.ROPE != "1-D":
+            raise UnsupportedError(
+                f"positions='compact' renumbers 1-D positions, and {self.base.config.model_type} "
+                "has 3-D ones; use positions='original'"
+            )
+        if self.implementation == "flex_attention":
+            raise UnsupportedError(
+                "FlexAttention's block masks cannot follow rows that move; load the model with "
+                'attn_implementation="sdpa" (or flash_attention_2, eager)'
+            )
+
+    def _layers(self) -> Sequence[nn.Module]:
+        layers: Sequence[nn.Module] = self.decoder.layers  # type: ignore[assignment]
+        return layers
+
+    # Installing and removing
+
+    def install(self) -> None:
+        if self.decoder in _ENGAGED:
+            raise UnsupportedError(
+                "this model is compressed already; leave the other `with` block (or call "
+                "dycoke.remove(model)) first"
+            )
+        _ENGAGED[self.decoder] = self
+        try:
+            self._override_attention()
+            if self.model is not self.base:
+                self._hook_forward(self.model, self._on_call, None)
+            self._hook_forward(self.base, self._on_prompt, self._after_prompt)
+            self._hook_forward(self.decoder, self._enter, self._leave)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _hook_forward(self, module: nn.Module, before: Any, after: Any) -> None:
+        self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        if after is not None:
+            self._hooks.append(
+                module.register_forward_hook(after, with_kwargs=True, always_call=True)
+            )
+
+    def _override_attention(self) -> None:
+        """Score in layer `prune_layer` - 1, prune from `prune_layer` on; other layers are free."""
+        prunes = self.method.prune_ratio > 0
+        last = len(self._layers()) - 1
+        for i, layer in enumerate(self._layers()):
+            # A trace wants the scores even where nothing is pruned.
+            if i == min(self.method.prune_layer - 1, last) and (prunes or self.trace):
+                self._overrides.append(Override(_attention(layer), self._scoring))
+            elif prunes and i >= self.method.prune_layer:
+                self._overrides.append(Override(_attention(layer), self._pruning))
+
+    def remove(self) -> None:
+        """Restore the model completely. Harmless when called twice."""
+        for hook in self._hooks:
+            hook.remove()
+        for override in self._overrides:
+            override.restore()
+        self._hooks, self._overrides = [], []
+        if _ENGAGED.get(self.decoder) is self:
+            del _ENGAGED[self.decoder]
+        self._release()
+
+    # Reports
+
+    def reports(self) -> list[Report]:
+        return [tally.report() for tally in self.tallies]
+
+    def traced(self) -> Trace | None:
+        return self.tallies[-1].trace if self.tallies else None
+
+    def _open(self, tally: Tally) -> Tally:
+        for other in self.tallies:
+            if other.frozen is None and (other.cache is None or other.cache() is None):
+                other.freeze()
+        self.tallies.append(tally)
+        return tally
+
+    # The model's pre-hooks: find the video tokens
+
+    def _on_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        inputs = _named(module, args, kwargs)
+        asked = inputs.get("logits_to_keep")
+        self._local.labels = inputs.get("labels") is not None
+        # Assisted decoding asks for the logits of several tokens at once.
+        self._local.several = isinstance(asked, int) and asked > 1
+
+    def _on_prompt(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        local = self._local
+        local.spans, local.reason = [], None
+        if getattr(local, "labels", False) or module.training:
+            local.reason = "labels were given or the model is in training mode"
+            return
+        inputs = _named(module, args, kwargs)
+        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        past = inputs.get("past_key_values")
+        filled = past is not None and past.get_seq_length() > 0
+        if ids is None:
+            local.reason = "inputs_embeds without input_ids: video tokens cannot be found"
+            if not filled and embeds is not None and embeds.shape[1] > 1:
+                warnings.warn(
+                    "DyCoke got inputs_embeds without input_ids and cannot find the video tokens; "
+                    "pass input_ids and pixels instead",
+                    stacklevel=2,
+                )
+            return
+        encoded = encoded_rows(inputs.get("mm_encoder_outputs"))
+        if encoded is None and inputs.get("pixel_values_videos") is None:
+            local.reason = "no video in the prompt"
+            return
+        if filled:
+            raise UnsupportedError(
+                "video tokens arrived for a cache that is not empty: prefill a video in one go, "
+                "without prefill_chunk_size, and start a new cache for a new video"
+            )
+        local.spans = self.family.layout(
+            Prompt(module.config, ids, inputs.get("position_ids"), inputs, encoded)
+        )
+        local.reason = None if local.spans else "no video in the prompt"
+
+    def _after_prompt(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._local.spans, self._local.labels, self._local.several = [], False, False
+
+    # The decoder's hooks: drop rows, take over the cache, count
+
+    def _enter(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]]:
+        self._acquire()
+        inputs = dict(_named(module, args, kwargs))
+        spans: list[VideoSpan] = getattr(self._local, "spans", [])
+        several: bool = getattr(self._local, "several", False)
+        past, length = inputs.get("past_key_values"), inputs["inputs_embeds"].shape[1]
+        step = Step(length)
+        if isinstance(past, DycokeCache):
+            self._go_on(step, past, inputs, several)
+        elif spans and (self.trace or not self.method.idle):
+            self._prefill(step, spans, inputs)
+        else:
+            self._watch(step, spans, inputs, several)
+        if step.cache is not None:
+            step.cache.generation.step = step
+        self.step = step
+        return (), inputs
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        step = self.step
+        if step is not None and step.cache is not None:
+            step.cache.generation.step = None
+        # After an exception there is no output, and nothing is counted.
+        if step is not None and output is not None:
+            if step.cache is not None:
+                step.cache.generation.length += step.length
+            cache = getattr(output, "past_key_values", None)
+            step.tally.after_forward(cache, step.length, step.counts)
+        self._release()
+
+    def _acquire(self) -> None:
+        """One decoder forward at a time. An interrupt may have left this thread's own lock."""
+        if self._owner == threading.get_ident():
+            self._release()
+        self._turn.acquire()
+        self._owner = threading.get_ident()
+
+    def _release(self) -> None:
+        if self._owner is not None:
+            self._owner = None
+            self.step = None
+            self._turn.release()
+
+    def _watch(
+        self, step: Step, spans: list[VideoSpan], inputs: dict[str, Any], several: bool
+    ) -> None:
+        """A forward that stays untouched: only count it."""
+        if self._continues(step, inputs.get("past_key_values"), several):
+            return
+        reason = IDLE if spans else getattr(self._local, "reason", None) or NO_VIDEO
+        counts = [span.positions.numel() for span in spans]
+        videos = videos_by_sample(spans, counts, inputs["inputs_embeds"].shape[0])
+        step.tally = self._open(Tally(self.method.to_dict(), videos, reason=reason))
+
+    def _continues(self, step: Step, cache: Any, several: bool) -> bool:
+        for tally in reversed(self.tallies):
+            if tally.goes_on(cache, step.length, several):
+                step.tally, step.counts = tally, True
+                return True
+        return False
+
+    def _prefill(self, step: Step, spans: list[VideoSpan], inputs: dict[str, Any]) -> None:
+        """Merge, shorten the prompt in ``inputs``, and take over the cache."""
+        method, embeds = self.method, inputs["inputs_embeds"]
+        mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
+        batch, length, _ = embeds.shape
+        device = embeds.device
+        self._check_unchanged(mask)
+        cache = self._checked_cache(inputs)
+
+        keep = torch.ones(batch, length, dtype=torch.bool, device=device)
+        visual = torch.zeros_like(keep)
+        masks = []
+        for span in spans:
+            places = span.positions.to(device)
+            features = embeds[span.sample, places]
+            merged, kept = method.merge_tokens(features)
+            if merged is not features:
+                embeds = embeds.clone() if embeds is inputs["inputs_embeds"] else embeds
+                embeds[span.sample, places] = merged
+            keep[span.sample, places.flatten()] = kept.flatten()
+            visual[span.sample, places.flatten()] = kept.flatten()
+            masks.append(kept)
+        rows = arrange(keep, visual, mask, method.prune_ratio)
+
+        inputs["inputs_embeds"] = embeds[torch.arange(batch, device=device)[:, None], rows.source]
+        key_mask = rows.plain.key_mask(mask, rows.source.shape[1], device, decode=False)
+        if key_mask is None and cache is None:
+            # Gaps in the positions of a prompt without mask and cache read as packed sequences.
+            key_mask = torch.ones_like(rows.source)
+        inputs["attention_mask"] = key_mask
+        if position_ids is None:
+            # Stated, since the decoder would number the shortened prompt through.
+            position_ids = torch.arange(length, device=device)[None]
+        inputs["position_ids"] = self._prompt_positions(position_ids, rows)
+
+        if not self._continues(step, cache, several=False):
+            counts = torch.stack([kept.sum() for kept in masks]).tolist()
+            tally = Tally(method.to_dict(), videos_by_sample(spans, counts, batch), rows.visual)
+            tally.reason = IDLE if method.idle else None
+            if self.trace:
+                tally.trace = Trace([SampleTrace(keep=[]) for _ in range(batch)])
+                for span, kept in zip(spans, masks, strict=True):
+                    tally.trace.samples[span.sample].keep.append(kept.cpu())
+            step.tally = self._open(tally)
+        if cache is not None:
+            generation = Generation(
+                owner=method,
+                prompt_length=length,
+                length=0,
+                plain=rows.plain,
+                pruned=rows.pruned,
+                visual=rows.visual,
+                dropped=rows.dropped[:, -1],
+                tally=step.tally,
+            )
+            adopt(cache, generation, method.prune_layer, len(self._layers()))
+            inputs["past_key_values"] = cache
+            step.cache, step.prefill = cache, True  # type: ignore[assignment]
+
+    def _checked_cache(self, inputs: dict[str, Any]) -> DynamicCache | None:
+        """The empty `DynamicCache` to take over; None without a cache; else an error."""
+        cache = inputs.get("past_key_values")
+        if cache is None:
+            use_cache = inputs.get("use_cache")
+            if use_cache is None:
+                use_cache = self.decoder.config.use_cache  # type: ignore[union-attr]
+            if use_cache:
+                return DynamicCache(config=self.decoder.config)  # type: ignore[arg-type]
+            if self.method.prune_ratio > 0:
+                raise UnsupportedError(
+                    f"prune_ratio={self.method.prune_ratio} chooses rows of the KV cache, and "
+                    "use_cache=False has none; drop use_cache=False, or use prune_ratio=0"
+                )
+            return None
+        if type(cache) is not DynamicCache or cache.offloading:
+            offloading = getattr(cache, "offloading", False)
+            kind = "an offloaded cache" if offloading else f"a {type(cache).__name__}"
+            raise UnsupportedError(
+                f"DyCoke takes over the DynamicCache that generate makes, and got {kind}; drop "
+                "cache_implementation and compile settings, or pass past_key_values=DynamicCache()"
+            )
+        others = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
+        if others:
+            raise UnsupportedError(
+                f"this decoder's cache has layers that are not full attention "
+                f"({', '.join(sorted(others))}), which DyCoke does not compress yet"
+            )
+        return cache
+
+    def _check_unchanged(self, mask: Any) -> None:
+        now = self.decoder.config._attn_implementation  # type: ignore[union-attr]
+        if now != self.implementation:
+            raise UnsupportedError(
+                f"the attention implementation changed from {self.implementation!r} to {now!r} "
+                "inside the context; change it before entering"
+            )
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise UnsupportedError(
+                f"DyCoke needs the 2-D attention mask of the prompt and got {shape}; pass the "
+                "processor's attention_mask, and no static or compiled cache"
+            )
+
+    def _prompt_positions(self, position_ids: Tensor, rows: Arrangement) -> Tensor:
+        """Positions of the rows that stay: (..., B, S) -> (..., B, R)."""
+        batch = rows.source.shape[0]
+        position_ids = position_ids.expand(*position_ids.shape[:-2], batch, -1)
+        if self.method.positions == "compact":
+            position_ids = position_ids - rows.dropped.to(position_ids.device)
+        source = rows.source.to(position_ids.device)
+        return position_ids.gather(-1, source.expand(*position_ids.shape[:-1], -1))
+
+    def _go_on(
+        self, step: Step, cache: DycokeCache, inputs: dict[str, Any], several: bool
+    ) -> None:
+        """A decode step, or the forward of a new turn, on a cache of ours."""
+        generation, mask = cache.generation, inputs.get("attention_mask")
+        device = inputs["inputs_embeds"].device
+        self._check_unchanged(mask)
+        if generation.owner != self.method:
+            raise UnsupportedError(
+                f"this cache was made with {generation.owner} and cannot go on with {self.method}"
+            )
+        total = generation.length + step.length
+        if mask is not None and mask.shape[1] != total:
+            raise ValueError(
+                f"attention_mask covers {mask.shape[1]} tokens where prompt and answer have {total}"
+            )
+        step.cache, step.attention_mask = cache, mask
+        if step.length > 1:
+            generation.visual.previous = None  # what follows selects anew
+            generation.refuse_crop = ASSISTED if several and generation.prunes else None
+        step.counts = step.length == 1 or several
+        if not step.counts:
+            generation.tally = generation.tally.next_turn()
+        if generation.tally not in self.tallies:
+            self._open(generation.tally)
+        step.tally = generation.tally
+
+        rows = cache.layers[0].get_seq_length() + step.length
+        step.plain_mask = generation.plain.key_mask(mask, rows, device, decode=False)
+        inputs["attention_mask"] = step.plain_mask
+        if self.method.positions == "compact":
+            position_ids = inputs.get("position_ids")
+            if position_ids is None:
+                position_ids = torch.arange(generation.length, total, device=device)[None]
+            dropped = generation.dropped.to(position_ids.device)
+            inputs["position_ids"] = position_ids - dropped[:, None]
+
+    # Inside the layers
+
+    def _scoring(self, inner: Any, module: nn.Module, args: list[Any], kwargs: Any) -> Any:
+        """The layer below the pruned ones: its attention says which tokens they attend to."""
+        output = inner(module, *args, **kwargs)
+        step = self.step
+        if step is not None and step.cache is not None and step.decode:
+            query, keys = args[0], args[1]
+            mask = step.plain_mask
+            mask = mask if mask is None else mask.to(query.device)
+            self._select(step.cache, query_scores(query, keys, kwargs.get("scaling"), mask))
+        return output
+
+    def _select(self, cache: DycokeCache, attention: Tensor) -> None:
+        generation = cache.generation
+        visual = generation.visual
+        scores = attention.to(visual.rows.device).gather(1, visual.rows)
+        scores = scores.masked_fill(~visual.valid, 0)
+        if generation.prunes:
+            first = visual.previous is None
+            chosen, refreshed = self.method.select_tokens(scores, visual)
+            recalled = cache.select(chosen)
+            if not first:
+                visual.refreshes += refreshed
+                visual.recalled += recalled
+        visual.previous = scores
+        if generation.tally.trace is not None:
+            generation.tally.trace.add(visual, scores)
+
+    def _pruning(self, inner: Any, module: nn.Module, args: list[Any], kwargs: Any) -> Any:
+        """The pruned layers: the mask must follow their own rows."""
+        step = self.step
+        if step is not None and step.cache is not None and not step.prefill:
+            mask = self._pruned_mask(step, step.cache, args[0])
+            if len(args) > 3:
+                args[3] = mask
+            else:
+                kwargs["attention_mask"] = mask
+        return inner(module, *args, **kwargs)
+
+    def _pruned_mask(self, step: Step, cache: DycokeCache, query: Tensor) -> Any:
+        """What the attention function wants as a mask over a pruned layer's rows."""
+        if query.device not in step.pruned_masks:
+            rows = cache.generation.pruned
+            # Rows of prompt and answer, the new ones included: layer 0 has them already.
+            total = cache.layers[0].get_seq_length()
+            keys = rows.key_mask(step.attention_mask, total, query.device, step.decode)
+            length = total - rows.start if step.decode else total
+            step.pruned_masks[query.device] = self._native_mask(query, step.length, length, keys)
+        return step.pruned_masks[query.device]
+
+    def _native_mask(self, query: Tensor, q_len: int, length: int, keys: Tensor | None) -> Any:
+        """A causal mask in the form of the backend: 4-D, 2-D or None, made by its own function."""
+        if keys is None and q_len == 1:
+            return None
+        make = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(self.implementation)
+        if make is None:
+            if keys is None:
+                return None
+            raise UnsupportedError(
+                f"the attention implementation {self.implementation!r} has no mask function, and "
+                "samples of different length need a mask; register one, or use batches of 1"
+            )
+        return make(
+            batch_size=query.shape[0],
+            q_length=q_len,
+            kv_length=length,
+            q_offset=length - q_len,
+            kv_offset=0,
+            attention_mask=keys,
+            allow_is_causal_skip=True,
+            dtype=query.dtype,
+            config=self.decoder.config,
+            use_vmap=False,
+            device=query.device,
+        )
+
+
+ASSISTED = (
+    "assisted and prompt-lookup decoding check several tokens in one forward, which attends to "
+    "everything: with prune_ratio > 0 the answer would differ; use prune_ratio=0, or decode plainly"
+)
+
+
+def _attention(layer: nn.Module) -> nn.Module:
+    """The attention module of a decoder layer."""
+    module = getattr(layer, "self_attn", None)
+    if not isinstance(module, nn.Module) or not hasattr(module, "config"):
+        raise UnsupportedError(
+            f"{type(layer).__name__} has no attention module `self_attn` with a config; DyCoke "
+            "cannot prune there; use prune_ratio=0"
+        )
+    return module
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward by name."""
+    if not args:
+        return kwargs
+    names = list(inspect.signature(module.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -1,0 +1,128 @@
+"""Stage 1: temporal token merging, on pure tensors.
+
+Source: DyCoke, https://arxiv.org/abs/2411.15024, section 3.2.
+
+Frames are cut into windows. The first frame of a window is its *anchor* and stays whole; every
+other frame has a *counterpart* in the same window (odd frames the one before them, even ones the
+anchor), and its tokens that resemble the counterpart's token at the same place most are merged
+into it, that is, they leave.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dycoke.checks import check_count, check_ratio
+
+
+def retained_count(total: int, ratio_removed: float) -> int:
+    """Tokens that stay when a share of ``total`` leaves; the one rounding rule of the project.
+
+    The small constant repairs binary fractions: ``int((1 - 0.9) * 10)`` is 0, and should be 1.
+    """
+    return int((1.0 - ratio_removed) * total + 1e-6)
+
+
+def counterparts(frames: int, window: int, device: torch.device | None = None) -> Tensor:
+    """The frame that each frame is compared with, and merged into: long, shape (F,).
+
+    An anchor is its own counterpart.
+    """
+    frame = torch.arange(frames, device=device)
+    place = frame % window
+    return torch.where(place % 2 == 1, frame - 1, frame - place)
+
+
+def _check_features(features: Tensor) -> None:
+    if not isinstance(features, Tensor):
+        raise TypeError(f"features must be a tensor of shape (F, N, D), got {type(features)}")
+    if features.ndim != 3 or 0 in features.shape:
+        raise ValueError(
+            f"features must have the shape (F, N, D) with no empty dimension, "
+            f"got {tuple(features.shape)}"
+        )
+    if not features.is_floating_point():
+        raise TypeError(f"features must be floating point, got {features.dtype}")
+
+
+def merge_mask(features: Tensor, merge_ratio: float = 0.7, window: int = 4) -> Tensor:
+    """Which visual tokens stay after temporal merging.
+
+    Parameters
+    ----------
+    features : Tensor, shape (F, N, D)
+        F frames of N tokens each, any floating dtype; similarity is taken in float32.
+    merge_ratio : float in [0, 1)
+        Share of a non-anchor frame's tokens that is merged away (the paper's K).
+    window : int, at least 1
+        Consecutive frames that share one anchor. The last window may be shorter.
+
+    Returns
+    -------
+    Tensor, bool, shape (F, N)
+        True where the token stays: every token of an anchor, and exactly
+        ``int((1 - merge_ratio) * N + 1e-6)`` of any other frame. Among equally similar tokens
+        the one with the lowest raster index is merged first.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a wrong type, shape or range, and for features with NaN or infinite values.
+    """
+    _check_features(features)
+    merge_ratio = check_ratio("merge_ratio", merge_ratio)
+    window = check_count("window", window)
+    frames, tokens, _ = features.shape
+    counterpart = counterparts(frames, window, features.device)
+
+    unit = F.normalize(features.float(), dim=-1)
+    similarity = (unit * unit[counterpart]).sum(-1)
+    if not torch.isfinite(similarity).all():
+        raise ValueError("features contain NaN or infinite values, so nothing can be compared")
+
+    # The most similar leave: the first `leaving` of a stable descending sort.
+    leaving = tokens - retained_count(tokens, merge_ratio)
+    order = similarity.sort(dim=1, descending=True, stable=True).indices
+    keep = torch.ones(frames, tokens, dtype=torch.bool, device=features.device)
+    keep.scatter_(1, order[:, :leaving], False)
+    anchors = counterpart == torch.arange(frames, device=features.device)
+    return keep | anchors[:, None]
+
+
+def merge_mean(features: Tensor, keep: Tensor, window: int = 4) -> Tensor:
+    """Let every kept token become the mean of itself and of all that was merged into it.
+
+    A token merged into a merged counterpart goes on to where that one went (f3 -> f2 -> f0).
+
+    Parameters
+    ----------
+    features : Tensor, shape (F, N, D)
+    keep : Tensor, bool, shape (F, N)
+        From `merge_mask` with the same window.
+    window : int, at least 1
+
+    Returns
+    -------
+    Tensor, shape (F, N, D), the dtype of ``features``
+        Averages at kept places (unweighted, summed in float32); other places are unchanged.
+    """
+    _check_features(features)
+    if keep.shape != features.shape[:2] or keep.dtype != torch.bool:
+        raise ValueError(
+            f"keep must be bool of shape {tuple(features.shape[:2])}, "
+            f"got {keep.dtype} of shape {tuple(keep.shape)}"
+        )
+    frames, tokens, _ = features.shape
+    counterpart = counterparts(frames, window, features.device)[:, None].expand(frames, tokens)
+    itself = torch.arange(frames, device=features.device)[:, None].expand(frames, tokens)
+    # Two hops are enough: the counterpart of a counterpart is an anchor, and anchors stay.
+    root = torch.where(keep, itself, counterpart)
+    root = torch.where(keep.gather(0, root), root, counterpart.gather(0, root))
+    total = torch.zeros_like(features, dtype=torch.float32)
+    total.scatter_add_(0, root[..., None].expand_as(features), features.float())
+    count = torch.zeros(frames, tokens, device=features.device)
+    count.scatter_add_(0, root, torch.ones_like(count))
+    mean = (total / count.clamp(min=1.0)[..., None]).to(features.dtype)
+    return torch.where(keep[..., None], mean, features)

@@ -1,0 +1,141 @@
+"""Model families: where the video tokens stand in a prompt.
+
+One file per family, found by ``config.model_type``. Each states
+
+- ``MODEL_TYPES``: the ``config.model_type`` values it serves,
+- ``ROPE``: ``"1-D"`` or ``"3-D"``,
+- ``layout(prompt) -> list[VideoSpan]``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from dycoke.errors import UnsupportedError
+
+
+@dataclass(frozen=True, eq=False)
+class VideoSpan:
+    """The visual tokens of one video in a prompt.
+
+    Attributes
+    ----------
+    sample : int
+        Row of the batch.
+    positions : Tensor, long, shape (F, N)
+        Where each frame's tokens stand in the prompt, frames in order, row-major inside a frame.
+    grid : (int, int)
+        Rows and columns of one frame; their product is N.
+    """
+
+    sample: int
+    positions: Tensor
+    grid: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if self.positions.ndim != 2 or 0 in self.positions.shape:
+            raise ValueError(
+                f"positions must have the shape (F, N), got {tuple(self.positions.shape)}"
+            )
+        if self.grid[0] * self.grid[1] != self.positions.shape[1]:
+            raise ValueError(
+                f"a grid of {self.grid} does not hold {self.positions.shape[1]} tokens per frame"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What a family may look at to find the video tokens.
+
+    Attributes
+    ----------
+    config : the model's config.
+    input_ids : Tensor, long, shape (B, S)
+    position_ids : Tensor or None
+        As `generate` passes them, (..., B, S).
+    inputs : mapping
+        Everything else that the model's forward received.
+    encoded : sequence of int or None
+        Rows of each video in the vision encoder's output, in prompt order, where `generate`
+        encoded it before the forward (transformers 5.18 and newer).
+    """
+
+    config: Any
+    input_ids: Tensor
+    position_ids: Tensor | None
+    inputs: Mapping[str, Any]
+    encoded: Sequence[int] | None
+
+    def split(self, token_id: int, rows: Sequence[int]) -> list[tuple[int, Tensor]]:
+        """Cut the placeholders of ``token_id`` into videos of ``rows`` tokens each.
+
+        Videos fill placeholders in prompt order, as the model scatters them. Counts come from the
+        encoder, never from gaps in the prompt: adjacent videos have none.
+
+        Returns
+        -------
+        list of (sample, positions), positions long of shape (rows[i],)
+        """
+        places = (self.input_ids == token_id).nonzero()
+        if len(places) != sum(rows):
+            raise UnsupportedError(
+                f"the prompt has {len(places)} video placeholders where the videos fill "
+                f"{sum(rows)}: it was cut or built by hand; pass the processor's output unchanged"
+            )
+        videos = []
+        for video in places.split(list(rows)):
+            sample = int(video[0, 0])
+            if int(video[-1, 0]) != sample:
+                raise UnsupportedError(
+                    "a video runs over the end of its prompt into the next one; pass the "
+                    "processor's output unchanged"
+                )
+            videos.append((sample, video[:, 1]))
+        return videos
+
+    def frames(self, positions: Tensor, tokens_per_frame: int) -> Tensor:
+        """Cut one video's positions into whole frames: (F * N,) -> (F, N)."""
+        if tokens_per_frame < 1 or len(positions) == 0 or len(positions) % tokens_per_frame:
+            raise UnsupportedError(
+                f"{len(positions)} video tokens are not a whole number of frames of "
+                f"{tokens_per_frame}; was the prompt cut (prefill_chunk_size)? Prefill it at once"
+            )
+        return positions.view(-1, tokens_per_frame)
+
+
+def encoded_rows(mm_encoder_outputs: Any) -> list[int] | None:
+    """Rows per video of `generate`'s pre-encoded features; None where there are none."""
+    video = (mm_encoder_outputs or {}).get("video")
+    return None if video is None else [len(rows) for rows in video.pooler_output]
+
+
+@cache
+def families() -> dict[str, ModuleType]:
+    """All known families: ``model_type`` -> its module."""
+    table: dict[str, ModuleType] = {}
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        table.update(dict.fromkeys(module.MODEL_TYPES, module))
+    return table
+
+
+def family_of(config: Any) -> ModuleType:
+    """The family that serves this config, or an error that lists the known ones."""
+    model_type = getattr(config, "model_type", None)
+    try:
+        return families()[model_type]  # type: ignore[index]
+    except KeyError:
+        raise UnsupportedError(
+            f"the model family {model_type!r} is not known; known: {', '.join(sorted(families()))}"
+        ) from None
+
+
+__all__ = ["Prompt", "VideoSpan", "encoded_rows", "families", "family_of"]

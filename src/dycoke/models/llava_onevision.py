@@ -1,0 +1,24 @@
+"""LLaVA-OneVision: a video is one run of F * N placeholders, then one newline token."""
+
+from __future__ import annotations
+
+from dycoke.models import Prompt, VideoSpan
+
+MODEL_TYPES = ("llava_onevision",)
+ROPE = "1-D"
+
+
+def layout(prompt: Prompt) -> list[VideoSpan]:
+    vision = prompt.config.vision_config
+    # The model pools each frame's square of patches 2 x 2, rounding up.
+    side = -(-(vision.image_size // vision.patch_size) // 2)
+    rows = prompt.encoded
+    if rows is None:
+        pixels = prompt.inputs.get("pixel_values_videos")
+        if pixels is None:
+            return []
+        rows = [pixels.shape[1] * side * side + 1] * pixels.shape[0]
+    return [
+        VideoSpan(sample, prompt.frames(places[:-1], side * side), (side, side))
+        for sample, places in prompt.split(prompt.config.video_token_id, rows)
+    ]

@@ -1,0 +1,115 @@
+"""What happened in one generation, as plain frozen data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+class _Readable:
+    """Fields as attributes, and by name as in the dictionary."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain dictionaries and lists, ready for JSON."""
+        result: dict[str, Any] = _plain(asdict(self))  # type: ignore[call-overload]
+        return result
+
+    def __getitem__(self, name: str) -> Any:
+        return self.to_dict()[name]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+@dataclass(frozen=True)
+class VideoReport(_Readable):
+    """One video: temporal slices, tokens in each, tokens before and after merging."""
+
+    frames: int
+    tokens_per_frame: int
+    visual_tokens: int
+    kept_tokens: int
+
+
+@dataclass(frozen=True)
+class SampleReport(_Readable):
+    """One row of generate's batch; counts are summed over its videos.
+
+    ``active_tokens`` is the number of visual tokens that a decode step attends to in the pruned
+    layers. ``refreshes`` and ``recalled_tokens`` leave out the first selection. A sample without
+    visual tokens has retention 1.
+    """
+
+    videos: tuple[VideoReport, ...]
+    frames: int
+    visual_tokens: int
+    kept_tokens: int
+    active_tokens: int
+    retention: float
+    final_retention: float
+    refreshes: int
+    recalled_tokens: int
+
+
+@dataclass(frozen=True)
+class Report(_Readable):
+    """One generation.
+
+    Attributes
+    ----------
+    engaged : whether anything was compressed; ``reason`` says why not.
+    settings : the compressor's settings.
+    kv_bytes : bytes of the storages that the cache held after the last forward.
+    kv_bytes_full : bytes that a stock cache would have held then.
+    decode_steps : forwards after the prefill.
+    retention : kept / visual tokens, over all samples.
+    final_retention : share of the visual tokens that the last layer attends to while decoding.
+    """
+
+    engaged: bool
+    reason: str | None
+    settings: dict[str, Any]
+    kv_bytes: int
+    kv_bytes_full: int
+    decode_steps: int
+    retention: float
+    final_retention: float
+    samples: tuple[SampleReport, ...]
+
+    def __str__(self) -> str:
+        if not self.engaged:
+            return f"DyCoke did not engage: {self.reason}"
+        visual = sum(s.visual_tokens for s in self.samples)
+        kept = sum(s.kept_tokens for s in self.samples)
+        active = sum(s.active_tokens for s in self.samples)
+        refreshes = sum(s.refreshes for s in self.samples)
+        recalled = sum(s.recalled_tokens for s in self.samples)
+        frames = sum(s.frames for s in self.samples)
+        lines = [
+            f"DyCoke: {frames} frames, {visual} visual tokens in {len(self.samples)} sample(s)",
+            f"  kept      {kept} ({self.retention:.2%})",
+            f"  attended  {active} per decode step ({self.final_retention:.2%})",
+            f"  decoding  {self.decode_steps} steps, {refreshes} refreshes, "
+            f"{recalled} tokens recalled",
+            f"  KV cache  {_size(self.kv_bytes)} instead of {_size(self.kv_bytes_full)}",
+        ]
+        return "\n".join(lines)
+
+
+def share(part: int, whole: int) -> float:
+    """part / whole, and 1 where there is nothing to take a part of."""
+    return part / whole if whole else 1.0
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.1f} {unit}" if unit != "B" else f"{count} B"
+        size /= 1024
+    return f"{size:.2f} GiB"

@@ -1,0 +1,79 @@
+"""Stage 2: which visual tokens a decode step attends to, on pure tensors.
+
+Source: DyCoke, https://arxiv.org/abs/2411.15024, section 3.3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def top_mask(scores: Tensor, counts: Tensor) -> Tensor:
+    """The ``counts[b]`` best-scored tokens of each sample.
+
+    Parameters
+    ----------
+    scores : Tensor, shape (B, V)
+        Larger is better. Padding must hold ``-inf``.
+    counts : Tensor, long, shape (B,)
+        How many to choose, between 0 and the sample's number of real tokens.
+
+    Returns
+    -------
+    Tensor, bool, shape (B, V)
+        Ties go to the lowest index.
+    """
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    chosen = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
+    return torch.zeros_like(chosen).scatter_(1, order, chosen)
+
+
+def needs_refresh(scores: Tensor, previous: Tensor | None, threshold: float) -> Tensor:
+    """Where the attention has moved so far that the selection must be made anew.
+
+    Parameters
+    ----------
+    scores, previous : Tensor, shape (B, V)
+        Attention over the visual tokens in this step and in the one before (padding 0);
+        ``None`` where there was none.
+    threshold : float
+        Cosine similarity under which a sample refreshes.
+
+    Returns
+    -------
+    Tensor, bool, shape (B,)
+    """
+    if previous is None:
+        return torch.ones(scores.shape[0], dtype=torch.bool, device=scores.device)
+    return F.cosine_similarity(scores, previous, dim=1) < threshold
+
+
+def swap_pairs(active: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Pair the tokens that leave the active set with those that enter it.
+
+    Parameters
+    ----------
+    active, chosen : Tensor, bool, shape (B, V)
+        The active set before and after; equally large in each sample.
+
+    Returns
+    -------
+    None or (leaving, entering), each long of shape (B, n)
+        Token indices, n the largest number of changes in a sample. Samples with fewer changes
+        repeat their first pair, or pair a token with itself: applying the pairs as one
+        simultaneous exchange gives the same rows however often a pair is repeated. ``None`` where
+        nothing changes. This is the one place of a decode step that waits for the device.
+    """
+    leaving, entering = active & ~chosen, chosen & ~active
+    changes = leaving.sum(1)
+    most = int(changes.max()) if changes.numel() else 0
+    if most == 0:
+        return None
+    first = leaving.byte().sort(dim=1, descending=True, stable=True).indices[:, :most]
+    second = entering.byte().sort(dim=1, descending=True, stable=True).indices[:, :most]
+    turn = torch.arange(most, device=active.device).expand(active.shape[0], most)
+    turn = torch.where(turn < changes[:, None], turn, 0)
+    first, second = first.gather(1, turn), second.gather(1, turn)
+    return first, torch.where(changes[:, None] > 0, second, first)

@@ -1,0 +1,174 @@
+"""The running counts of one generation, read from what was really held, and the trace."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dycoke.cache import kv_bytes, kv_bytes_full
+from dycoke.models import VideoSpan
+from dycoke.report import Report, SampleReport, VideoReport, share
+from dycoke.rows import Visual
+
+IDLE = "merge_ratio and prune_ratio are 0"
+NO_VIDEO = "no video in the prompt"
+
+
+@dataclass(eq=False)
+class SampleTrace:
+    """What one sample kept and attended to, on the CPU.
+
+    Attributes
+    ----------
+    keep : list of Tensor, bool, (F, N): per video, the tokens that merging left.
+    active : list of Tensor, bool, (Nv,): per decode step, which of the sample's kept visual
+        tokens (raster order, all videos) the pruned layers attended to.
+    attention : list of Tensor, (Nv,): per decode step, the newest token's attention to them in
+        the scoring layer, a mean over heads.
+    """
+
+    keep: list[Tensor]
+    active: list[Tensor] = field(default_factory=list)
+    attention: list[Tensor] = field(default_factory=list)
+
+    def copy(self) -> SampleTrace:
+        return SampleTrace(list(self.keep), list(self.active), list(self.attention))
+
+
+@dataclass(eq=False)
+class Trace:
+    """Everything that ``trace=True`` keeps of a generation: one entry per row of the batch."""
+
+    samples: list[SampleTrace]
+
+    def add(self, visual: Visual, scores: Tensor) -> None:
+        rows = zip(self.samples, visual.valid, visual.active, scores, strict=True)
+        for sample, valid, active, score in rows:
+            sample.active.append(active[valid].cpu())
+            sample.attention.append(score[valid].detach().cpu())
+
+
+@dataclass(eq=False)
+class Tally:
+    """Counts of one generation, from which `report` is made.
+
+    ``videos`` lists the videos of each row of the batch. ``visual`` is the state that the cache
+    holds (None where nothing was touched). ``length`` is the input length of the last forward.
+    """
+
+    settings: dict[str, Any]
+    videos: list[list[VideoReport]]
+    visual: Visual | None = None
+    reason: str | None = None
+    trace: Trace | None = None
+    decode_steps: int = 0
+    kv_bytes: int = 0
+    kv_bytes_full: int = 0
+    length: int = 0
+    cache: weakref.ref[Any] | None = None
+    frozen: Report | None = None
+
+    def after_forward(self, cache: Any, length: int, decode: bool) -> None:
+        self.decode_steps += decode
+        self.length = length
+        self.cache = None if cache is None else weakref.ref(cache)
+        self.kv_bytes, self.kv_bytes_full = kv_bytes(cache), kv_bytes_full(cache)
+
+    def goes_on(self, cache: Any, length: int, several: bool) -> bool:
+        """Whether a forward that is not ours to compress belongs to this generation.
+
+        A cache is known again; without one, generate feeds one token more each time.
+        """
+        if cache is None:
+            return self.cache is None and length == self.length + 1
+        return self.cache is not None and self.cache() is cache and (length == 1 or several)
+
+    def next_turn(self) -> Tally:
+        """The tally of a follow-up turn on the same cache; this one is closed."""
+        self.freeze()
+        assert self.visual is not None
+        self.visual.refreshes = torch.zeros_like(self.visual.refreshes)
+        self.visual.recalled = torch.zeros_like(self.visual.recalled)
+        trace = self.trace and Trace([SampleTrace(s.keep) for s in self.trace.samples])
+        return Tally(self.settings, self.videos, self.visual, self.reason, trace)
+
+    def map_batch(self, pick: Callable[[Tensor], Tensor]) -> None:
+        """Follow beams and copies of the cache's rows."""
+        order = pick(torch.arange(len(self.videos))).tolist()
+        self.videos = [self.videos[i] for i in order]
+        if self.trace is not None:
+            self.trace.samples = [self.trace.samples[i].copy() for i in order]
+
+    def freeze(self) -> None:
+        """Make the report now and let go of the tensors."""
+        self.frozen = self.report()
+        if self.cache is None or self.cache() is None:
+            self.visual = None
+
+    def report(self) -> Report:
+        if self.frozen is not None:
+            return self.frozen
+        columns: list[list[int]]
+        if self.visual is None:
+            tokens = [sum(v.visual_tokens for v in videos) for videos in self.videos]
+            columns = [tokens, [0] * len(tokens), [0] * len(tokens)]
+        else:
+            state = self.visual
+            columns = torch.stack(
+                [state.active.sum(1), state.refreshes, state.recalled]
+            ).tolist()
+        samples = tuple(
+            _sample(videos, active, refreshes, recalled)
+            for videos, active, refreshes, recalled in zip(self.videos, *columns, strict=True)
+        )
+        visual = sum(s.visual_tokens for s in samples)
+        kept = sum(s.kept_tokens for s in samples)
+        active = sum(s.active_tokens for s in samples)
+        reason = self.reason
+        if reason is None and active == visual:
+            reason = "nothing to merge or prune: too few frames, or ratios too small for one token"
+        return Report(
+            engaged=reason is None,
+            reason=reason,
+            settings=self.settings,
+            kv_bytes=self.kv_bytes,
+            kv_bytes_full=self.kv_bytes_full,
+            decode_steps=self.decode_steps,
+            retention=share(kept, visual),
+            final_retention=share(active, visual),
+            samples=samples,
+        )
+
+
+def _sample(
+    videos: Sequence[VideoReport], active: int, refreshes: int, recalled: int
+) -> SampleReport:
+    visual = sum(v.visual_tokens for v in videos)
+    kept = sum(v.kept_tokens for v in videos)
+    return SampleReport(
+        videos=tuple(videos),
+        frames=sum(v.frames for v in videos),
+        visual_tokens=visual,
+        kept_tokens=kept,
+        active_tokens=active,
+        retention=share(kept, visual),
+        final_retention=share(active, visual),
+        refreshes=refreshes,
+        recalled_tokens=recalled,
+    )
+
+
+def videos_by_sample(
+    spans: Sequence[VideoSpan], kept: Sequence[int], batch: int
+) -> list[list[VideoReport]]:
+    """The videos of each row of the batch; ``kept`` has one count per span."""
+    rows: list[list[VideoReport]] = [[] for _ in range(batch)]
+    for span, count in zip(spans, kept, strict=True):
+        frames, tokens = span.positions.shape
+        rows[span.sample].append(VideoReport(frames, tokens, frames * tokens, count))
+    return rows

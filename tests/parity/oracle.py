@@ -1,0 +1,252 @@
+"""METHOD.md line by line over an unmodified model: slow, naive, and sharing no code with dycoke.
+
+There is no KV cache. Every step runs the whole (shortened) sequence again through the model's own
+layers, with an explicit mask per row: a generated token's row hides, from layers >= L, the visual
+tokens that were not in the active set of its step.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Margins:
+    """How far every decision was from going the other way."""
+
+    values: list[float] = field(default_factory=list)
+
+    def gap(self, ordered: list[float], count: int) -> None:
+        if 0 < count < len(ordered):
+            self.values.append(ordered[count - 1] - ordered[count])
+
+    @property
+    def least(self) -> float:
+        return min(self.values, default=math.inf)
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float((a @ b) / (a.norm() * b.norm()))
+
+
+def merge_one_video(
+    features: Tensor, ratio: float, window: int, margins: Margins
+) -> tuple[list[list[bool]], list[list[tuple[int, int]]]]:
+    """(F, N, D) -> keep[f][n], and for every token the place (f, n) that stands for it."""
+    frames, tokens, _ = features.shape
+    features = features.float()
+    keep = [[True] * tokens for _ in range(frames)]
+    into = [[(f, n) for n in range(tokens)] for f in range(frames)]
+    stay = int((1 - ratio) * tokens + 1e-6)
+    for start in range(0, frames, window):
+        for j in range(1, min(window, frames - start)):
+            other = start + (j - 1 if j % 2 else 0)
+            frame = start + j
+            similar = [cosine(features[frame, n], features[other, n]) for n in range(tokens)]
+            ranked = sorted(range(tokens), key=lambda n: (-similar[n], n))
+            margins.gap([similar[n] for n in ranked], tokens - stay)
+            for n in ranked[: tokens - stay]:
+                keep[frame][n] = False
+                into[frame][n] = (other, n)
+    return keep, into
+
+
+def mean_of_merged(
+    features: Tensor, keep: list[list[bool]], into: list[list[tuple[int, int]]]
+) -> Tensor:
+    groups: dict[tuple[int, int], list[Tensor]] = {}
+    for f, row in enumerate(keep):
+        for n in range(len(row)):
+            place = (f, n)
+            while into[place[0]][place[1]] != place:
+                place = into[place[0]][place[1]]
+            groups.setdefault(place, []).append(features[f, n].float())
+    result = features.clone()
+    for (f, n), members in groups.items():
+        result[f, n] = (sum(members) / len(members)).to(features.dtype)
+    return result
+
+
+@dataclass
+class Row:
+    """One token of the shortened sequence."""
+
+    embedding: Tensor
+    position: Tensor  # scalar, or (3,) for 3-D RoPE
+    visual: bool
+    hidden: set[int] = field(default_factory=set)  # rows that layers >= L must not see
+
+
+@dataclass
+class Answer:
+    ids: list[int]
+    logits: list[Tensor]
+    margins: Margins
+    keep: list[list[list[bool]]]
+    active: list[set[int]]
+    refreshes: int
+    recalled: int
+    kept_rows: int
+
+
+class Oracle:
+    """Greedy generation for one sample (no batch, no padding), one or more turns."""
+
+    def __init__(self, model: Any, family: str, *, K: float, P: float, L: int, **options: Any):
+        self.model = copy.deepcopy(model)
+        self.model.set_attn_implementation("eager")
+        self.family = family
+        self.K, self.P, self.L = K, P, L
+        self.window = options.get("window", 4)
+        self.threshold = options.get("threshold", 0.9)
+        self.mean = options.get("mean", False)
+        self.compact = options.get("compact", False)
+        self.rows: list[Row] = []
+        self.margins = Margins()
+        self.keep: list[list[list[bool]]] = []
+
+    # The prompt
+
+    @torch.no_grad()
+    def prompt(self, inputs: dict[str, Tensor], tokens_per_frame: int, video_token: int) -> None:
+        core = self.model.model
+        ids = inputs["input_ids"][0]
+        embeds = core.get_input_embeddings()(ids)
+        features, positions, self.next_position = self._encode(core, inputs)
+        places = [i for i, token in enumerate(ids.tolist()) if token == video_token]
+        embeds[places] = torch.cat(features).to(embeds.dtype)
+
+        stays = [True] * len(ids)
+        visual = [False] * len(ids)
+        cursor = 0
+        for video in features:
+            frames = len(video) // tokens_per_frame
+            spots = places[cursor : cursor + frames * tokens_per_frame]
+            cursor += len(video)
+            x = embeds[spots].view(frames, tokens_per_frame, -1)
+            keep, into = merge_one_video(x, self.K, self.window, self.margins)
+            self.keep.append(keep)
+            if self.mean:
+                embeds[spots] = mean_of_merged(x, keep, into).view(len(spots), -1)
+            for spot, stay in zip(spots, [k for row in keep for k in row], strict=True):
+                visual[spot], stays[spot] = stay, stay
+        index = [i for i in range(len(ids)) if stays[i]]
+        for number, i in enumerate(index):
+            position = torch.tensor(number) if self.compact else positions[..., i]
+            self.rows.append(Row(embeds[i], position, visual[i]))
+        if self.compact:
+            self.next_position = len(index)
+        self.kept_rows = len(index)
+
+    def _encode(self, core: Any, inputs: dict[str, Tensor]) -> tuple[list[Tensor], Tensor, int]:
+        """Features per video as scattered, positions of the whole prompt, the next position."""
+        length = inputs["input_ids"].shape[1]
+        pixels = inputs["pixel_values_videos"]
+        if self.family == "llava_onevision":
+            rows = core.get_video_features(pixels, return_dict=True).pooler_output
+            n = 9
+            frames = rows.shape[1] // n
+            newline = core.image_newline[None]
+            features = [torch.cat([video[: frames * n], newline]) for video in rows]
+            return features, torch.arange(length), length
+        grid = inputs["video_grid_thw"]
+        features = list(core.get_video_features(pixels, grid, return_dict=True).pooler_output)
+        positions, delta = core.get_rope_index(
+            inputs["input_ids"],
+            mm_token_type_ids=inputs["mm_token_type_ids"],
+            video_grid_thw=grid,
+        )
+        return features, positions[:, 0], length + int(delta)
+
+    def text(self, tokens: list[int]) -> None:
+        """A new turn's tokens: they attend to everything."""
+        embeddings = self.model.model.get_input_embeddings()
+        for token in tokens:
+            self.rows.append(
+                Row(embeddings(torch.tensor(token)).detach(), self._advance(), False)
+            )
+
+    def _advance(self) -> Tensor:
+        position = torch.tensor(self.next_position)
+        self.next_position += 1
+        return position.repeat(3) if self.family == "qwen2_5_vl" else position
+
+    # The model, with a mask per layer
+
+    @torch.no_grad()
+    def forward(self, choose: Any) -> Tensor:
+        """Logits of the last row. ``choose`` gets its attention in layer L-1, before layer L."""
+        decoder = self.model.model.language_model
+        hidden = torch.stack([row.embedding for row in self.rows])[None]
+        positions = torch.stack([row.position for row in self.rows], -1)
+        positions = positions[:, None] if positions.ndim == 2 else positions[None]
+        rotary = decoder.rotary_emb(hidden, positions)
+        weights: dict[str, Tensor] = {}
+        for i, layer in enumerate(decoder.layers):
+            if i == self.L and choose is not None:
+                choose(weights["last"])
+            hook = layer.self_attn.register_forward_hook(
+                lambda m, a, out: weights.__setitem__("last", out[1][0, :, -1].mean(0))
+            )
+            mask = self._mask(hidden, hide=i >= self.L)
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+            hook.remove()
+        return self.model.lm_head(decoder.norm(hidden))[0, -1]
+
+    def _mask(self, hidden: Tensor, hide: bool) -> Tensor:
+        n = len(self.rows)
+        mask = torch.zeros(n, n, dtype=hidden.dtype)
+        for i, row in enumerate(self.rows):
+            for j in range(n):
+                if j > i or (hide and j in row.hidden):
+                    mask[i, j] = torch.finfo(hidden.dtype).min
+        return mask[None, None]
+
+    # Generation
+
+    def generate(self, new_tokens: int) -> Answer:
+        """One turn. The first token comes from a row that attends to everything."""
+        visual = [i for i, row in enumerate(self.rows) if row.visual]
+        count = int((1 - self.P) * len(visual) + 1e-6)
+        ids: list[int] = []
+        all_logits: list[Tensor] = []
+        sets: list[set[int]] = []
+        previous: Tensor | None = None
+        active: set[int] = set()
+        refreshes = recalled = 0
+
+        def choose(attention: Tensor) -> None:
+            nonlocal previous, active, refreshes, recalled
+            a = attention[visual].double()
+            if previous is not None:
+                similarity = cosine(a, previous)
+                self.margins.values.append(abs(similarity - self.threshold))
+            if previous is None or similarity < self.threshold:
+                ranked = sorted(range(len(visual)), key=lambda v: (-float(a[v]), v))
+                self.margins.gap([float(a[v]) for v in ranked], count)
+                chosen = {visual[v] for v in ranked[:count]}
+                if previous is not None:
+                    refreshes += 1
+                    recalled += len(chosen - active)
+                active = chosen
+            previous = a
+            sets.append(set(active))
+            self.rows[-1].hidden = set(visual) - active
+
+        for step in range(new_tokens):
+            logits = self.forward(choose if step and self.P > 0 else None)
+            token = int(logits.argmax())
+            ids.append(token)
+            all_logits.append(logits)
+            if step + 1 < new_tokens:
+                embedding = self.model.model.get_input_embeddings()(torch.tensor(token))
+                self.rows.append(Row(embedding.detach(), self._advance(), False))
+        return Answer(
+            ids, all_logits, self.margins, self.keep, sets, refreshes, recalled, self.kept_rows
+        )

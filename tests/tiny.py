@@ -1,0 +1,203 @@
+"""Tiny random models in the real classes, and inputs for them, one row per family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+IMAGE, VIDEO, VISION_START, VISION_END, EOS = 90, 91, 92, 93, 94
+VOCABULARY = 96
+
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    # Sharp attention, so that near-ties between visual tokens are rare.
+    "initializer_range": 0.3,
+}
+
+
+def llava_onevision(attention: str = "sdpa", layers: int = 5, seed: int = 0) -> Any:
+    """N = 4 or 9 tokens per frame come from a side of 4 or 6 patches, pooled 2 x 2."""
+    config = LlavaOnevisionConfig(
+        text_config=Qwen2Config(**{**TEXT, "num_hidden_layers": layers}),
+        vision_config=SiglipVisionConfig(
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=24,
+            patch_size=4,
+            vision_use_head=False,
+        ),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_9",
+        image_grid_pinpoints=[[24, 24]],
+    )
+    return _build(LlavaOnevisionForConditionalGeneration, config, attention, seed)
+
+
+def qwen2_5_vl(attention: str = "sdpa", layers: int = 5, seed: int = 0) -> Any:
+    config = Qwen2_5_VLConfig(
+        text_config={
+            **TEXT,
+            "num_hidden_layers": layers,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [1, 1, 2],
+            },
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 24,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+            "out_hidden_size": TEXT["hidden_size"],
+            "tokens_per_second": 2,
+            "initializer_range": 0.3,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        pad_token_id=0,
+    )
+    return _build(Qwen2_5_VLForConditionalGeneration, config, attention, seed)
+
+
+def _build(cls: Any, config: Any, attention: str, seed: int) -> Any:
+    torch.manual_seed(seed)
+    config._attn_implementation = attention
+    model = cls(config).eval()
+    # Biases start at zero, and would hide an error in their use.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@dataclass
+class Clip:
+    """One video of a prompt: its placeholders' frames, and N tokens each."""
+
+    frames: int
+    pixels: torch.Tensor
+    grid: tuple[int, int]
+
+
+def _pad(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(r)) + list(r) for r in rows])
+    mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
+    return ids, mask
+
+
+def _text(generator: torch.Generator, count: int) -> list[int]:
+    return torch.randint(1, 89, (count,), generator=generator).tolist()
+
+
+def slow_noise(generator: torch.Generator, frames: int, *shape: int) -> torch.Tensor:
+    """Frames that change a little from one to the next: (frames, *shape)."""
+    steps = torch.randn(frames, *shape, generator=generator)
+    steps[1:] *= 0.6 * torch.rand(shape, generator=generator)
+    return steps.cumsum(0)
+
+
+def llava_inputs(
+    videos: Sequence[Sequence[int]], text: Sequence[tuple[int, int]], seed: int = 0
+) -> dict[str, Any]:
+    """Inputs for `llava_onevision`.
+
+    videos: per sample, the frame counts of its videos (all equal: stock takes one tensor).
+    text: per sample, tokens before and after the videos.
+    """
+    g = torch.Generator().manual_seed(seed + 1)
+    rows, pixels = [], []
+    for counts, (before, after) in zip(videos, text, strict=True):
+        row = _text(g, before)
+        for frames in counts:
+            row += [VIDEO] * (frames * 9 + 1)
+            pixels.append(slow_noise(g, frames, 3, 24, 24))
+        rows.append(row + _text(g, after))
+    ids, mask = _pad(rows)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values_videos": torch.stack(pixels),
+    }
+
+
+def qwen_inputs(
+    videos: Sequence[Sequence[int]], text: Sequence[tuple[int, int]], seed: int = 0
+) -> dict[str, Any]:
+    """Inputs for `qwen2_5_vl`; frame counts are temporal slices, 2 x 3 tokens each."""
+    g = torch.Generator().manual_seed(seed + 1)
+    height, width = 4, 6
+    rows, pixels, grids = [], [], []
+    for counts, (before, after) in zip(videos, text, strict=True):
+        row = _text(g, before)
+        for slices in counts:
+            row += [VISION_START] + [VIDEO] * (slices * 6) + [VISION_END]
+            patches = slow_noise(g, slices, height * width, 3 * 2 * 4 * 4)
+            pixels.append(patches.flatten(0, 1))
+            grids.append([slices, height, width])
+        rows.append(row + _text(g, after))
+    ids, mask = _pad(rows)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values_videos": torch.cat(pixels),
+        "video_grid_thw": torch.tensor(grids),
+        "mm_token_type_ids": (ids == VIDEO).long() * 2,
+    }
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of the table: how to build a tiny model of the family and inputs for it."""
+
+    name: str
+    model: Callable[..., Any]
+    inputs: Callable[..., dict[str, Any]]
+    tokens_per_frame: int
+    rope: str
+    unequal_videos: bool  # whether one batch may hold videos of different length
+
+
+FAMILIES = {
+    f.name: f
+    for f in (
+        Family("llava_onevision", llava_onevision, llava_inputs, 9, "1-D", False),
+        Family("qwen2_5_vl", qwen2_5_vl, qwen_inputs, 6, "3-D", True),
+    )
+}
