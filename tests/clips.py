@@ -1,6 +1,6 @@
-"""Clips for tests, rendered with PyAV: every picture carries its own index.
+"""Clips for tests, rendered with PyAV: every picture carries its own number.
 
-A picture is a grid of 4 x 4 big gray blocks, the 16 bits of its index. `number` reads them back
+A picture is a grid of 4 x 4 big gray blocks, the 16 bits of its number. `number` reads them back
 after any lossy codec, so a test can prove which picture of the clip it was given.
 """
 
@@ -19,83 +19,131 @@ GRID = 4
 DARK, LIGHT = 48, 208
 
 
-def picture(index: int, height: int, width: int) -> NDArray[np.uint8]:
-    """Picture (height, width, 3) whose blocks are the bits of `index`, lowest bit top left."""
-    bits = np.array([index >> bit & 1 for bit in range(GRID * GRID)]).reshape(GRID, GRID)
+def picture(value: int, height: int, width: int) -> NDArray[np.uint8]:
+    """Picture (height, width, 3) whose blocks are the bits of `value`, the lowest top left."""
+    bits = np.array([value >> bit & 1 for bit in range(GRID * GRID)]).reshape(GRID, GRID)
     rows, columns = (np.arange(size) * GRID // size for size in (height, width))
     gray = np.where(bits, LIGHT, DARK)[rows][:, columns]
     return np.repeat(gray[:, :, None], 3, axis=2).astype(np.uint8)
 
 
 def number(image: NDArray[np.uint8]) -> int:
-    """Index that an upright picture (height, width, 3) carries."""
+    """The number that an upright picture (height, width, 3) carries."""
     height, width = image.shape[:2]
-    index = 0
+    value = 0
     for bit in range(GRID * GRID):
         row, column = divmod(bit, GRID)
         y, x = (2 * row + 1) * height // (2 * GRID), (2 * column + 1) * width // (2 * GRID)
-        index |= int(image[y - 1 : y + 2, x - 1 : x + 2].mean() > (DARK + LIGHT) / 2) << bit
-    return index
+        value |= int(image[y - 1 : y + 2, x - 1 : x + 2].mean() > (DARK + LIGHT) / 2) << bit
+    return value
+
+
+def can_encode(codec: str) -> bool:
+    """Whether this PyAV ships the encoder."""
+    try:
+        return bool(av.codec.Codec(codec, "w"))
+    except ValueError:
+        return False
 
 
 def render(
     path: Path,
     count: int,
     *,
-    codec: str = "mpeg4",
+    codec: str = "libx264",
     size: tuple[int, int] = (48, 64),
     rate: int = 25,
     gop: int = 12,
     pix_fmt: str = "yuv420p",
     times: Sequence[int] | None = None,
     audio: bool = False,
-    turn: int = 0,
-    format: str | None = None,
     options: dict[str, str] | None = None,
     muxer: dict[str, str] | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> Path:
-    """Write `count` pictures of `size` (height, width) to `path` and return it.
+    """Write `count` pictures of `size` (height, width), numbered from 0, and return the path.
 
-    `times` are presentation times in milliseconds (default: `rate` pictures a second); `turn` is
-    the clockwise rotation in degrees (mp4 only) that a player has to apply; `audio` adds a silent
-    track of the same length; `count` 0 with `audio` gives a file with sound alone (one second).
+    `times` are presentation times in milliseconds (default: `rate` pictures a second). `audio`
+    adds a silent track of the same length; with a `count` of 0 it is all there is, one second.
     """
     height, width = size
-    with av.open(str(path), "w", format=format, options=muxer or {}) as container:
+    clock = Fraction(1, 1000) if times else Fraction(1, rate)
+    with av.open(str(path), "w", options=muxer or {}) as container:
+        container.metadata.update(metadata or {})
         if count:
             video = container.add_stream(codec, rate=rate, options=options or {})
             video.width, video.height, video.pix_fmt = width, height, pix_fmt
-            video.codec_context.gop_size = gop
-            video.codec_context.time_base = Fraction(1, 1000) if times else Fraction(1, rate)
+            video.codec_context.gop_size, video.codec_context.time_base = gop, clock
         sound = container.add_stream("aac", rate=16000, layout="mono") if audio else None
-        for index in range(count):
-            frame = av.VideoFrame.from_ndarray(picture(index, height, width), format="rgb24")
+        for value in range(count):
+            frame = av.VideoFrame.from_ndarray(picture(value, height, width), format="rgb24")
             frame = frame.reformat(format=pix_fmt)
-            frame.pts = times[index] if times else index
-            frame.time_base = video.codec_context.time_base
+            frame.pts, frame.time_base = times[value] if times else value, clock
             container.mux(video.encode(frame))
         if count:
             container.mux(video.encode(None))
         if sound is not None:
-            samples = 16000 * max(count, rate) // rate
-            for start in range(0, samples, 1024):
-                silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            for start in range(0, 16000 * (count or rate) // rate, 1024):
+                silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), "f4"), "fltp", "mono")
                 silence.sample_rate, silence.pts = 16000, start
                 silence.time_base = Fraction(1, 16000)
                 container.mux(sound.encode(silence))
             container.mux(sound.encode(None))
-    if turn:
-        _turn(path, turn)
     return path
 
 
-def _turn(path: Path, turn: int) -> None:
-    """Write a clockwise rotation into the track header of an mp4 file."""
+def remux(source: Path, path: Path, *, skip: int = 0, shift: int = 0) -> Path:
+    """Copy a clip's packets, without the first `skip` of them, `shift` ticks earlier.
+
+    Times below zero become an edit list in mp4: pictures that are stored, and not shown.
+    """
+    options = {"avoid_negative_ts": "disabled"} if shift else {}
+    with av.open(str(source)) as old, av.open(str(path), "w", options=options) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for place, packet in enumerate(old.demux(video=0)):
+            if packet.size and place >= skip:
+                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+                packet.stream = stream
+                new.mux(packet)
+    return path
+
+
+def turn(path: Path, degrees: int) -> Path:
+    """Tell players, in an mp4's track header, to turn the picture clockwise."""
     data = bytearray(path.read_bytes())
-    at = data.index(b"tkhd") + 44  # 4 name, 4 version and flags, 20 ids and times, 16 layer, volume
-    cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[turn]
-    one = 1 << 16
-    data[at : at + 36] = struct.pack(
-        ">9i", cos * one, sin * one, 0, -sin * one, cos * one, 0, 0, 0, 1 << 30
-    )
+    at = data.index(b"tkhd") + 44  # name 4, version and flags 4, numbers and times 20, layer 16
+    cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    one = 1 << 16  # 16.16 fixed point; the last column is 2.30
+    matrix = (cos * one, sin * one, 0, -sin * one, cos * one, 0, 0, 0, 1 << 30)
+    data[at : at + 36] = struct.pack(">9i", *matrix)
     path.write_bytes(data)
+    return path
+
+
+def damage(path: Path, packet: int) -> Path:
+    """Overwrite one packet of the video (by place in the file) so that it cannot be decoded."""
+    with av.open(str(path)) as container:
+        packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    data = bytearray(path.read_bytes())
+    start, size = packets[packet]
+    data[start : start + size] = b"\xff" * size
+    path.write_bytes(data)
+    return path
+
+
+def with_cover(path: Path) -> Path:
+    """An MP3 of one second with a cover picture, which FFmpeg reports as a video stream."""
+    image = render(path.with_suffix(".png"), 1, codec="png", pix_fmt="rgb24").read_bytes()
+    body = b"\0image/png\0\x03\0" + image
+    frame = b"APIC" + struct.pack(">I", len(body)) + b"\0\0" + body
+    size = bytes(len(frame) >> bits & 127 for bits in (21, 14, 7, 0))
+    with av.open(str(path), "w", format="mp3") as container:
+        sound = container.add_stream("libmp3lame", rate=16000, layout="mono")
+        for start in range(0, 16000, 1152):
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 1152), "f4"), "fltp", "mono")
+            silence.sample_rate, silence.pts = 16000, start
+            silence.time_base = Fraction(1, 16000)
+            container.mux(sound.encode(silence))
+        container.mux(sound.encode(None))
+    path.write_bytes(b"ID3\x03\0\0" + size + frame + path.read_bytes())
+    return path

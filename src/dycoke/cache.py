@@ -230,9 +230,7 @@ class DycokeCache(DynamicCache):
 
     def _map_batch(self, pick: Callable[[Tensor], Tensor]) -> None:
         generation = self.generation
-        maps = {
-            id(rows): rows.map_batch(pick) for rows in (generation.plain, generation.pruned)
-        }
+        maps = {id(rows): rows.map_batch(pick) for rows in (generation.plain, generation.pruned)}
         for layer in self.layers:
             layer.map_batch(pick)
             layer.rows = maps[id(layer.rows)]

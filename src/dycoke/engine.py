@@ -429,9 +429,7 @@ class Engine:
         source = rows.source.to(position_ids.device)
         return position_ids.gather(-1, source.expand(*position_ids.shape[:-1], -1))
 
-    def _go_on(
-        self, step: Step, cache: DycokeCache, inputs: dict[str, Any], several: bool
-    ) -> None:
+    def _go_on(self, step: Step, cache: DycokeCache, inputs: dict[str, Any], several: bool) -> None:
         """A decode step, or the forward of a new turn, on a cache of ours."""
         generation, mask = cache.generation, inputs.get("attention_mask")
         device = inputs["inputs_embeds"].device

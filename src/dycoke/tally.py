@@ -119,9 +119,7 @@ class Tally:
             columns = [tokens, [0] * len(tokens), [0] * len(tokens)]
         else:
             state = self.visual
-            columns = torch.stack(
-                [state.active.sum(1), state.refreshes, state.recalled]
-            ).tolist()
+            columns = torch.stack([state.active.sum(1), state.refreshes, state.recalled]).tolist()
         samples = tuple(
             _sample(videos, active, refreshes, recalled)
             for videos, active, refreshes, recalled in zip(self.videos, *columns, strict=True)

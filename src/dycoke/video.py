@@ -26,7 +26,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 SEEK_GAP = 256  # frames that a jump has to save: it empties the pipeline of decoder threads
-EARLY_END = Fraction(1, 20)  # share of the stated length that may be missing before a file counts as cut off
+EARLY_END = Fraction(1, 20)  # share of the stated length; a file that lacks more is cut off
 
 
 class VideoError(ValueError):
@@ -169,18 +169,21 @@ class _Listing:
         return float(self.rate if abs(steps / self.rate - span) <= self.base else steps / span)
 
     def broken(self, file: str, decoded: int, flaw: str) -> VideoError:
-        return VideoError(f"{file}: {flaw}: only {decoded} of {self.total} frames could be decoded")
+        return VideoError(f"{file}: {flaw}: only {decoded} of {self.total} frames can be read")
 
 
 @contextmanager
 def _open(file: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     # "file:" keeps FFmpeg from taking a name such as "a:b.mp4" for a network address.
     with av.open("file:" + file, metadata_errors="ignore") as container:
+        if container.format.name == "tty":  # FFmpeg would draw the text, as a terminal does
+            raise VideoError(f"{file}: not a readable video, but text")
         # The cover of a sound file comes as a video stream, too.
         covers = Disposition.attached_pic
         videos = [stream for stream in container.streams.video if not stream.disposition & covers]
         if not videos:
-            raise VideoError(f"{file}: holds no video stream, only sound or other data")
+            cause = "only sound or other data" if container.streams else "perhaps it is cut off"
+            raise VideoError(f"{file}: holds no video stream, {cause}")
         if videos[0].codec_context is None:
             raise VideoError(f"{file}: no decoder for its codec; re-encode it, say to H.264")
         videos[0].thread_type = "AUTO"
@@ -223,8 +226,8 @@ def _list_packets(file: str) -> _Listing:
         # Where no stream reaches the length that the file states, its end is missing.
         stated = Fraction(container.duration or 0, av.time_base)
         if stated - end > max(stated * EARLY_END, 2 / listing.rate):
-            total = max(count + 1, stream.frames or round(count * stated / max(end, 1 / listing.rate)))
-            flaw = "the file ends early"
+            guess = round(count * stated / max(end, 1 / listing.rate))
+            total, flaw = max(count + 1, stream.frames or guess), "the file ends early"
     return replace(listing, total=total, flaw=flaw, keys=keys)
 
 

@@ -117,6 +117,7 @@ class Oracle:
     def prompt(self, inputs: dict[str, Tensor], tokens_per_frame: int, video_token: int) -> None:
         core = self.model.model
         ids = inputs["input_ids"][0]
+        self.length = len(ids)
         embeds = core.get_input_embeddings()(ids)
         features, positions, self.next_position = self._encode(core, inputs)
         places = [i for i, token in enumerate(ids.tolist()) if token == video_token]
@@ -162,19 +163,22 @@ class Oracle:
             mm_token_type_ids=inputs["mm_token_type_ids"],
             video_grid_thw=grid,
         )
-        return features, positions[:, 0], length + int(delta)
+        # generate counts on from the last position while it decodes, and by `delta` in a new turn.
+        self.delta = int(delta)
+        return features, positions[:, 0], int(positions[0, 0, -1]) + 1
 
     def text(self, tokens: list[int]) -> None:
         """A new turn's tokens: they attend to everything."""
         embeddings = self.model.model.get_input_embeddings()
+        if self.family == "qwen2_5_vl":
+            self.next_position = self.length + self.delta
         for token in tokens:
-            self.rows.append(
-                Row(embeddings(torch.tensor(token)).detach(), self._advance(), False)
-            )
+            self.rows.append(Row(embeddings(torch.tensor(token)).detach(), self._advance(), False))
 
     def _advance(self) -> Tensor:
         position = torch.tensor(self.next_position)
         self.next_position += 1
+        self.length += 1
         return position.repeat(3) if self.family == "qwen2_5_vl" else position
 
     # The model, with a mask per layer
@@ -244,7 +248,9 @@ class Oracle:
             token = int(logits.argmax())
             ids.append(token)
             all_logits.append(logits)
-            if step + 1 < new_tokens:
+            if step + 1 == new_tokens:
+                self.pending = token  # generated, but not fed yet
+            else:
                 embedding = self.model.model.get_input_embeddings()(torch.tensor(token))
                 self.rows.append(Row(embedding.detach(), self._advance(), False))
         return Answer(

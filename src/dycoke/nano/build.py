@@ -66,15 +66,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """Word-level over the stories' closed vocabulary; anything else falls back to characters.
 
     WordPiece over whole words and single characters takes the longest match first: a known word
-    is one token, an unknown one a run of characters, and a character outside ASCII is ``<unk>``.
+    is one token, an unknown one a run of characters, and what is outside ASCII or longer than
+    100 characters is ``<unk>``.
     Whitespace separates words and costs no token.
     """
     characters = [c for c in string.printable if not c.isspace() and not c.isupper()]
     pieces = [*SPECIAL, "user", "assistant", "system", *WORDS, *characters]
     pieces += [f"##{c}" for c in characters]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    # Every word that a prompt of any length may hold must tokenize, hence no cut-off at 100.
-    model = models.WordPiece(vocabulary, unk_token=UNKNOWN, max_input_chars_per_word=1 << 20)
+    model = models.WordPiece(vocabulary, unk_token=UNKNOWN)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -99,9 +99,7 @@ def build_processor() -> LlavaOnevisionProcessor:
         "image_std": [0.5, 0.5, 0.5],
     }
     return LlavaOnevisionProcessor(
-        image_processor=LlavaOnevisionImageProcessor(
-            image_grid_pinpoints=_pinpoints(), **picture
-        ),
+        image_processor=LlavaOnevisionImageProcessor(image_grid_pinpoints=_pinpoints(), **picture),
         video_processor=LlavaOnevisionVideoProcessor(**picture),
         tokenizer=build_tokenizer(),
         num_image_tokens=SIDE * SIDE,

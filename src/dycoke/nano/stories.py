@@ -46,6 +46,7 @@ __all__ = [
     "write",
 ]
 
+Floats = NDArray[np.floating]
 Split = Literal["train", "seen", "unseen"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 """Training; held-out stories of known combinations; stories of combinations never trained on."""
@@ -72,7 +73,14 @@ PALETTE = {
 COLOURS = tuple(PALETTE)
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-ACTIONS = (*(f"moves {way}" for way in DIRECTIONS), "grows", "shrinks", "blinks", "turns", "crosses")
+ACTIONS = (
+    *(f"moves {way}" for way in DIRECTIONS),
+    "grows",
+    "shrinks",
+    "blinks",
+    "turns",
+    "crosses",
+)
 """What a shape can do; "turns" takes a colour after it, "crosses" a coloured shape."""
 
 ORDINALS = ("first", "second", "third", "fourth")
@@ -86,10 +94,10 @@ DESCRIBE = (
 
 _TELLING = """a an then the what which how many color colour shape thing things is are does do there
 stays still nothing comes or event events happen happens describe video clip in this story tell me
-about please of and it to""".split()
+about please of and it to"""
 WORDS = tuple(
     dict.fromkeys(
-        [*COLOURS, *SHAPES, *" ".join(ACTIONS).split(), *ORDINALS, *NUMBERS, *_TELLING]
+        [*COLOURS, *SHAPES, *" ".join(ACTIONS).split(), *ORDINALS, *NUMBERS, *_TELLING.split()]
     )
 )
 """The closed vocabulary of stories, questions and answers, without punctuation."""
@@ -157,9 +165,9 @@ class Sprite:
     colour: str
     shape: str
     frames: NDArray[np.intp]
-    x: NDArray[np.float32]
-    y: NDArray[np.float32]
-    radius: NDArray[np.float32]
+    x: Floats
+    y: Floats
+    radius: Floats
 
 
 def _article(word: str) -> str:
@@ -180,9 +188,7 @@ def is_unseen(colour: str, shape: str, action: str) -> bool:
     return (c + 3 * s + a) % len(COLOURS) == 0
 
 
-def make(
-    split: Split, seed: int, *, events: int | None = None, frames: int = FRAMES
-) -> Story:
+def make(split: Split, seed: int, *, events: int | None = None, frames: int = FRAMES) -> Story:
     """Draw the story number `seed` of `split`.
 
     Parameters
@@ -252,10 +258,9 @@ def _event(
     if action == "crosses":
         pair = _pick(rng, taken)
         taken.add(pair)
-        other = Still(*pair, *middle.tolist(), float(rng.uniform(10, 12)))
-    return Event(
-        colour, shape, action, start, stop, (x0, y0, radius), (x1, y1, last), into, other
-    )
+        x, y = middle.tolist()
+        other = Still(*pair, x, y, float(rng.uniform(10, 12)))
+    return Event(colour, shape, action, start, stop, (x0, y0, radius), (x1, y1, last), into, other)
 
 
 def _pick(rng: np.random.Generator, taken: set[tuple[str, str]]) -> tuple[str, str]:
@@ -293,15 +298,13 @@ def tracks(story: Story) -> list[Sprite]:
         if event.other:
             sprites.append(_standing(event.other, frames))
         t = np.linspace(0, 1, len(frames), dtype=np.float32)[:, None]
-        x, y, r = ((1 - t) * np.float32(event.begin) + t * np.float32(event.end)).T
+        x, y, r = ((1 - t) * np.array(event.begin, t.dtype) + t * np.array(event.end, t.dtype)).T
         if event.action == "turns":
             half = len(frames) // 2
             parts = [(event.colour, slice(half)), (event.into, slice(half, None))]
         elif event.action == "blinks":
             beat = max(1, len(frames) // 6)  # slower in a longer event
-            parts = [
-                (event.colour, slice(i, i + beat)) for i in range(0, len(frames), 2 * beat)
-            ]
+            parts = [(event.colour, slice(i, i + beat)) for i in range(0, len(frames), 2 * beat)]
         else:
             parts = [(event.colour, slice(None))]
         sprites += [Sprite(c, event.shape, frames[p], x[p], y[p], r[p]) for c, p in parts]
@@ -309,9 +312,7 @@ def tracks(story: Story) -> list[Sprite]:
 
 
 def _standing(still: Still, frames: NDArray[np.intp]) -> Sprite:
-    x, y, radius = (
-        np.full(len(frames), v, np.float32) for v in (still.x, still.y, still.radius)
-    )
+    x, y, radius = (np.full(len(frames), v, np.float32) for v in (still.x, still.y, still.radius))
     return Sprite(still.colour, still.shape, frames, x, y, radius)
 
 
@@ -338,7 +339,7 @@ def render(story: Story) -> NDArray[np.uint8]:
     return (canvas.clip(0, 255) + 0.5).astype(np.uint8)
 
 
-def _background(rng: np.random.Generator, shake: NDArray[np.float32]) -> NDArray[np.float32]:
+def _background(rng: np.random.Generator, shake: Floats) -> Floats:
     """A dull plane under a few plane waves, moving with the camera: shape (F, H, W, 3)."""
     waves = 6
     kx, ky = rng.uniform(-1, 1, (2, waves)) * np.geomspace(0.06, 0.9, waves)
@@ -356,9 +357,7 @@ def _background(rng: np.random.Generator, shake: NDArray[np.float32]) -> NDArray
     return np.asarray(picture + base.astype(np.float32), np.float32)
 
 
-def _draw(
-    canvas: NDArray[np.float32], sprite: Sprite, shake: NDArray[np.float32], light: float
-) -> None:
+def _draw(canvas: Floats, sprite: Sprite, shake: Floats, light: float) -> None:
     """Blend one sprite into `canvas` (F, H, W, 3), with edges one pixel soft."""
     if not len(sprite.frames):
         return
@@ -372,26 +371,25 @@ def _draw(
     cover = (0.5 - _outside(sprite.shape, u, v) * radius).clip(0, 1)[..., None]
     first = int(sprite.frames[0])
     part = canvas[first : first + len(sprite.frames), top:bottom, left:right]
-    paint = (np.float32(PALETTE[sprite.colour]) * np.float32(light)).clip(0, 255)
+    paint = (np.array(PALETTE[sprite.colour], np.float32) * np.float32(light)).clip(0, 255)
     part += cover * (paint - part)
 
 
-def _outside(
-    shape: str, u: NDArray[np.float32], v: NDArray[np.float32]
-) -> NDArray[np.float32]:
+def _outside(shape: str, u: Floats, v: Floats) -> Floats:
     """Distance to the outline of a shape of radius 1, negative inside; (k, 1, w), (k, h, 1)."""
     if shape == "circle":
-        return np.sqrt(u * u + v * v) - 0.95
+        return np.asarray(np.sqrt(u * u + v * v) - 0.95)
     if shape == "ring":
-        return abs(np.sqrt(u * u + v * v) - 0.72) - 0.24
+        return np.asarray(abs(np.sqrt(u * u + v * v) - 0.72) - 0.24)
     if shape == "square":
-        return np.maximum(abs(u), abs(v)) - 0.82
+        return np.asarray(np.maximum(abs(u), abs(v)) - 0.82)
     if shape == "cross":
         wide, high = abs(u), abs(v)
         arm = np.float32(0.3)
-        return np.minimum(np.maximum(wide - 1, high - arm), np.maximum(wide - arm, high - 1))
+        along, upright = np.maximum(wide - 1, high - arm), np.maximum(wide - arm, high - 1)
+        return np.asarray(np.minimum(along, upright))
     if shape == "triangle":
-        return np.maximum(v - 0.7, 0.866 * abs(u) - 0.5 * v - 0.5)
+        return np.asarray(np.maximum(v - 0.7, 0.866 * abs(u) - 0.5 * v - 0.5))
     if shape == "star":  # five points: fold the plane into one tenth, then one straight edge
         tenth = np.pi / 5
         angle = np.arctan2(u, -v)

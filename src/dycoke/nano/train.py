@@ -17,14 +17,14 @@ import argparse
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from transformers import AttentionInterface, LlavaOnevisionForConditionalGeneration
 
 from dycoke.nano import stories
@@ -41,7 +41,7 @@ class Stage:
 
     ``events`` is the range drawn from, ``asked`` the most questions per story beside the telling,
     ``enough`` the accuracy (of questions and of events) that ends it, ``share`` the largest part
-    of the whole time that it may take.
+    of the whole time that it may take. ``sees``: whether the vision tower still learns.
     """
 
     name: str
@@ -51,13 +51,14 @@ class Stage:
     asked: int
     enough: float
     share: float
+    sees: bool
 
 
 STAGES = (
-    Stage("sight", (4, 4), 12, 8, 0, 0.97, 0.08),
-    Stage("one", (1, 1), 4, 32, 4, 0.93, 0.25),
-    Stage("two", (1, 2), 8, 16, 6, 0.92, 0.25),
-    Stage("all", (1, 4), 16, 12, 8, 2.0, 1.0),
+    Stage("sight", (4, 4), 12, 8, 0, 0.97, 0.08, sees=True),
+    Stage("one", (1, 1), 4, 32, 4, 0.93, 0.25, sees=True),
+    Stage("two", (1, 2), 8, 16, 6, 0.92, 0.25, sees=False),
+    Stage("all", (1, 4), 16, 12, 8, 2.0, 1.0, sees=False),
 )
 
 
@@ -86,6 +87,18 @@ def attention(
 
 
 AttentionInterface.register("nano_training", attention)
+
+
+@dataclass
+class Progress:
+    """How far a run is; part of its checkpoint. The ``stage_`` fields: when the stage began."""
+
+    stage: int = 0
+    step: int = 0
+    stories: int = 0
+    seconds: float = 0.0
+    stage_step: int = 0
+    stage_seconds: float = 0.0
 
 
 class Reader:
@@ -121,8 +134,8 @@ class Reader:
             pairs = stories.questions(story)
             order = rng.permutation(len(pairs))[:asked]
             prompt = stories.DESCRIBE[rng.integers(len(stories.DESCRIBE))]
-            ids, labels, places, segment = list(prefix), [-100] * start, list(range(start)), []
-            segment = [0] * start
+            ids, labels, places = list(prefix), [-100] * start, list(range(start))
+            segments = [0] * start
             for i, (question, answer) in enumerate(
                 [(prompt, stories.describe(story)), *(pairs[j] for j in order)], 1
             ):
@@ -131,8 +144,8 @@ class Reader:
                 ids += before + after
                 labels += [-100] * len(before) + after
                 places += range(start, start + len(before) + len(after))
-                segment += [i] * (len(before) + len(after))
-            rows.append((ids, labels, places, segment))
+                segments += [i] * (len(before) + len(after))
+            rows.append((ids, labels, places, segments))
         width = max(len(row[0]) for row in rows)
 
         def padded(column: int, fill: int) -> Tensor:
@@ -147,8 +160,9 @@ class Reader:
             "input_ids": padded(0, self.tokenizer.pad_token_id),
             "labels": padded(1, -100),
             "position_ids": padded(2, 0),
-            "attention_mask": torch.zeros(seen.shape, dtype=torch.bfloat16, device=self.device)
-            .masked_fill_(~seen, -3e4)[:, None],
+            "attention_mask": torch.zeros(
+                seen.shape, dtype=torch.bfloat16, device=self.device
+            ).masked_fill_(~seen, -3e4)[:, None],
             "pixel_values_videos": self.pixels(told),
         }
 
@@ -197,14 +211,13 @@ class Trainer:
         self.head = nn.Linear(self.model.config.text_config.hidden_size, sum(self.split))
         self.head.to(self.device)
         self.optimisers = self._optimisers()
-        self.state = {"stage": 0, "step": 0, "stories": 0, "seconds": 0.0, "stage_began": 0.0}
-        self.curve: list[dict[str, Any]] = []
+        self.done = Progress()
         if (self.out / "checkpoint.pt").is_file():
             self._load()
 
     @property
     def stage(self) -> Stage:
-        return STAGES[self.state["stage"]]
+        return STAGES[self.done.stage]
 
     def _optimisers(self) -> list[torch.optim.Optimizer]:
         """Muon for the decoder's matrices, AdamW for everything else."""
@@ -236,7 +249,7 @@ class Trainer:
         self.head.load_state_dict(saved["head"])
         for optimiser, state in zip(self.optimisers, saved["optimisers"], strict=True):
             optimiser.load_state_dict(state)
-        self.state = saved["state"]
+        self.done = Progress(**saved["state"])
 
     def save(self) -> None:
         """Write checkpoint and model; a run stopped at any moment leaves a whole one behind."""
@@ -247,7 +260,7 @@ class Trainer:
                 "model": self.model.state_dict(),
                 "head": self.head.state_dict(),
                 "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-                "state": self.state,
+                "state": asdict(self.done),
             },
             new,
         )
@@ -258,7 +271,8 @@ class Trainer:
         save(twin, self.processor, self.out / "model")
 
     def log(self, **line: Any) -> None:
-        line = {"name": self.stage.name, **self.state, **line}
+        done = asdict(self.done) | {"stage": self.stage.name}
+        line = {k: v for k, v in done.items() if not k.startswith("stage_")} | line
         line = {k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}
         print(json.dumps(line), flush=True)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -276,8 +290,8 @@ class Trainer:
 
     def set_rate(self) -> None:
         """Warm up at the start of each stage; in the last part go down to nothing."""
-        warm = min(1.0, (self.state["step"] - self.state["stage_began"] + 1) / 100)
-        left = 1 - self.state["seconds"] / (60 * self.args.minutes)
+        warm = min(1.0, (self.done.step - self.done.stage_step + 1) / 100)
+        left = 1 - self.done.seconds / (60 * self.args.minutes)
         factor = warm * max(0.01, min(1.0, left / self.args.decay))
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
@@ -285,45 +299,47 @@ class Trainer:
 
     def step(self) -> float:
         """One step of the current stage; its loss."""
-        told = self.draw("train", self.state["stories"], self.stage.batch)
+        told = self.draw("train", self.done.stories, self.stage.batch)
         self.model.train()
         self.model.set_attn_implementation("nano_training")
+        self.model.model.vision_tower.requires_grad_(self.stage.sees)
         self.set_rate()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=not self.args.float32):
             loss = self._see(told) if self.stage.name == "sight" else self._tell(told)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         parameters = [p for o in self.optimisers for g in o.param_groups for p in g["params"]]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimiser in self.optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        self.state["step"] += 1
-        self.state["stories"] += self.stage.batch
+        self.done.step += 1
+        self.done.stories += self.stage.batch
         return float(loss.detach())
 
     def _look(self, told: list[stories.Story]) -> tuple[Tensor, ...]:
         pixels = self.reader.pixels(told)
         features = self.model.model.get_video_features(pixels).pooler_output[:, :-1]
-        return self.head(features.flatten(0, 1)).float().split(self.split, -1)
+        guess: Tensor = self.head(features.flatten(0, 1)).float()
+        return torch.split(guess, self.split, -1)
 
     def _see(self, told: list[stories.Story]) -> Tensor:
         colour, shape, where = self._look(told)
         kind, place = (target.to(self.device) for target in sight_targets(told))
         something = (kind[:, :1] > 0).float()
         weight = something[:, 0] + 0.2  # most tokens show nothing
-        named = F.cross_entropy(colour, kind[:, 0], reduction="none")
-        named = named + F.cross_entropy(shape, kind[:, 1], reduction="none")
-        placed = (F.smooth_l1_loss(where, place, reduction="none") * something).sum(-1)
+        named = functional.cross_entropy(colour, kind[:, 0], reduction="none")
+        named = named + functional.cross_entropy(shape, kind[:, 1], reduction="none")
+        placed = (functional.smooth_l1_loss(where, place, reduction="none") * something).sum(-1)
         return ((named + 2 * placed) * weight).sum() / weight.sum()
 
     def _tell(self, told: list[stories.Story]) -> Tensor:
-        rng = np.random.default_rng([self.args.seed, self.state["stories"]])
+        rng = np.random.default_rng([self.args.seed, self.done.stories])
         inputs = self.reader.batch(told, self.stage.asked, rng)
         labels = inputs.pop("labels")
         hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
         answer = labels[:, 1:] != -100
         logits = self.model.lm_head(hidden[:, :-1][answer]).float()
-        return F.cross_entropy(logits, labels[:, 1:][answer])
+        return functional.cross_entropy(logits, labels[:, 1:][answer])
 
     @torch.no_grad()
     def validate(self, count: int) -> dict[str, float]:
@@ -352,38 +368,40 @@ class Trainer:
         return evaluate(self.model, self.processor, told)
 
     def run(self) -> None:
-        """Train until the time is used up."""
+        """Train until the time or the steps are used up."""
         last = time.monotonic()
         losses: list[float] = []
-        next_report = self.state["seconds"] + self.args.every
-        while self.state["seconds"] < 60 * self.args.minutes:
+        next_report = self.done.seconds + self.args.every
+        while self.done.seconds < 60 * self.args.minutes and (
+            self.args.steps is None or self.done.step < self.args.steps
+        ):
             losses.append(self.step())
             now = time.monotonic()
-            self.state["seconds"] += now - last
+            self.done.seconds += now - last
             last = now
-            if self.state["seconds"] < next_report:
+            if self.done.seconds < next_report:
                 continue
             score = self.validate(self.args.validate)
             self.log(loss=float(np.mean(losses)), **score)
             losses.clear()
             now = time.monotonic()
-            self.state["seconds"] += now - last
+            self.done.seconds += now - last
             last = now
-            next_report = self.state["seconds"] + self.args.every
+            next_report = self.done.seconds + self.args.every
             self._maybe_next(min(score["ask"], score["events"]))
             self.save()
         self.save()
 
     def _maybe_next(self, score: float) -> None:
-        spent = self.state["seconds"] - self.state.setdefault("stage_seconds", 0.0)
+        spent = self.done.seconds - self.done.stage_seconds
         late = spent > 60 * self.args.minutes * self.stage.share
         if self.stage is STAGES[-1] or (score < self.stage.enough and not late):
             return
         if self.stage.name == "sight":
             self._settle_sight()
-        self.state["stage"] += 1
-        self.state["stage_began"] = self.state["step"]
-        self.state["stage_seconds"] = self.state["seconds"]
+        self.done.stage += 1
+        self.done.stage_step = self.done.step
+        self.done.stage_seconds = self.done.seconds
 
     @torch.no_grad()
     def _settle_sight(self) -> None:
@@ -483,6 +501,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dycoke.nano.train", description=__doc__)
     parser.add_argument("--out", required=True, help="folder of checkpoint, curve and model")
     parser.add_argument("--minutes", type=float, default=120, help="of training, over all runs")
+    parser.add_argument("--steps", type=int, help="stop after this many, over all runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all")

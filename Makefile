@@ -1,0 +1,48 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+FLOOR := .floor
+WORKERS ?= 2
+# Tiny models: two processes of one thread beat one process of two.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+.PHONY: install demo test test-floor check format clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(FLOOR)/.installed: $(INSTALLED) constraints-floor.txt
+	rm -rf $(FLOOR)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $(FLOOR) --constraint constraints-floor.txt transformers av
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/dycoke demo
+
+test: $(INSTALLED)
+	$(PYTEST)
+
+# The oldest supported transformers and PyAV, laid over the same environment.
+test-floor: $(FLOOR)/.installed
+	PYTHONPATH=$(FLOOR) $(PYTEST)
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) $(FLOOR) .pytest_cache .mypy_cache .ruff_cache

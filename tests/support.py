@@ -1,0 +1,76 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import cache
+from typing import Any
+
+import pytest
+import standin
+import tiny
+import torch
+
+from dycoke import DyCoke, Run
+
+BACKENDS = ("sdpa", "eager", standin.NAME)
+
+families = pytest.mark.parametrize("family", tiny.FAMILIES)
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@cache
+def model_of(family: str, backend: str = "sdpa", seed: int = 0, layers: int = 5) -> Any:
+    """A tiny model; tests must leave it as they found it."""
+    return tiny.FAMILIES[family].model(backend, seed=seed, layers=layers)
+
+
+def inputs_of(family: str, videos: Any, text: Any, seed: int = 0) -> dict[str, Any]:
+    return tiny.FAMILIES[family].inputs(videos, text, seed=seed)
+
+
+def generate(model: Any, inputs: dict[str, Any], tokens: int = 8, **kwargs: Any) -> Any:
+    """Greedy, with logits: .sequences (B, S + tokens), .logits (steps of (B, V))."""
+    return model.generate(
+        **inputs,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        **{"do_sample": False, "return_dict_in_generate": True, "output_logits": True, **kwargs},
+    )
+
+
+def compressed(
+    model: Any, settings: DyCoke, inputs: dict[str, Any], tokens: int = 8, **kwargs: Any
+) -> tuple[Any, Run]:
+    with settings(model) as run:
+        return generate(model, inputs, tokens, **kwargs), run
+
+
+def answer(output: Any, inputs: dict[str, Any]) -> list[list[int]]:
+    return output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+@contextlib.contextmanager
+def untouched(model: Any) -> Any:
+    """Fails where a block leaves hooks or changed configs behind."""
+    before = _marks(model)
+    yield
+    assert _marks(model) == before
+
+
+def _marks(model: Any) -> list[Any]:
+    return [
+        (
+            name,
+            list(module._forward_pre_hooks),
+            list(module._forward_hooks),
+            id(getattr(module, "config", None)),
+            getattr(getattr(module, "config", None), "_attn_implementation", None),
+            sorted(vars(module)),
+        )
+        for name, module in model.named_modules()
+    ]
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)

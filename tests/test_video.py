@@ -1,0 +1,536 @@
+"""Video files: which frames, at which times, how much memory, and what each bad file is told.
+
+The oracle is naive: decode everything in order with `container.decode`, and index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tracemalloc
+import weakref
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import av
+import clips
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from dycoke import video
+from dycoke.video import Video, VideoError, read, sample_indices
+
+COUNTS = (1, 2, 3, 5, 7, 33)
+SHARED = Path(__file__).parents[2] / "shared" / "videos"
+
+
+def digest(image: NDArray[np.uint8]) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).hexdigest()
+
+
+@cache
+def oracle(path: Path) -> list[tuple[str, float | None]]:
+    """Digest and time of every frame, decoded one after the other; what precedes an error."""
+    frames = []
+    with av.open(str(path)) as container:
+        try:
+            for frame in container.decode(container.streams.video[0]):
+                image = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+                frames.append((digest(image), frame.time))
+        except av.FFmpegError:
+            pass
+    return frames
+
+
+def check(clip: Video, path: Path, count: int, total: int | None = None) -> None:
+    """The places are right, and the frames are the oracle's at these places."""
+    truth = oracle(path)
+    total = total or len(truth)
+    assert clip.path == str(path)
+    assert clip.total_frames == total
+    assert list(clip.indices) == sample_indices(total, count)
+    assert clip.frames.dtype == np.uint8
+    assert clip.frames.ndim == 4
+    assert clip.frames.shape[3] == 3
+    assert [digest(image) for image in clip.frames] == [truth[i][0] for i in clip.indices]
+    if truth[0][1] is not None:
+        expected = [truth[i][1] - truth[0][1] for i in clip.indices]
+        np.testing.assert_allclose(clip.timestamps, expected, atol=1e-9)
+
+
+def numbers(clip: Video) -> list[int]:
+    return [clips.number(image) for image in clip.frames]
+
+
+class Spy:
+    """Stands in for `av.open`: counts frames as they are decoded, jumps, and what is left open."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, late: int = 0) -> None:
+        self.decoded = self.open = self.opened = self.most_alive = 0
+        self.jumps: list[int] = []
+        self.late = late  # makes every jump land this much too late
+        self.alive: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.av_open = av.open
+        monkeypatch.setattr(video.av, "open", self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        container, spy = self.av_open(*args, **kwargs), self
+
+        class Delegate:
+            def __init__(self, target: Any) -> None:
+                self.target = target
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self.target, name)
+
+        class Container(Delegate):
+            def __enter__(self) -> Container:
+                spy.open, spy.opened = spy.open + 1, spy.opened + 1
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                spy.open -= 1
+                container.close()
+
+            def decode(self, *streams: Any) -> Iterator[Delegate]:
+                for frame in container.decode(*streams):
+                    seen = Delegate(frame)
+                    spy.alive.add(seen)
+                    spy.decoded += 1
+                    spy.most_alive = max(spy.most_alive, len(spy.alive))
+                    del frame
+                    yield seen
+
+            def seek(self, offset: int, **kwargs: Any) -> None:
+                spy.jumps.append(offset)
+                container.seek(offset + spy.late, **kwargs)
+
+        return Container(container)
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    return Spy(monkeypatch)
+
+
+# Which places
+
+
+@given(st.integers(1, 5000), st.integers(1, 300))
+def test_places_are_even_and_hold_both_ends(total: int, count: int) -> None:
+    places = sample_indices(total, count)
+    assert len(places) == min(total, count)
+    assert all(a < b for a, b in pairwise(places))
+    assert 0 <= places[0] <= places[-1] < total
+    if count >= 2:
+        assert (places[0], places[-1]) == (0, total - 1)
+        step = (total - 1) / max(len(places) - 1, 1)
+        assert all(abs(place - i * step) < 1 for i, place in enumerate(places))
+    else:
+        assert abs(places[0] - (total - 1) / 2) <= 0.5
+
+
+@given(st.integers(1, 300), st.integers(0, 300))
+def test_a_short_clip_gives_all_it_has(total: int, more: int) -> None:
+    if total + more > 1:
+        assert sample_indices(total, total + more) == list(range(total))
+
+
+def test_known_places() -> None:
+    assert sample_indices(10, 1) == [5]
+    assert sample_indices(1, 1) == sample_indices(1, 8) == [0]
+    assert sample_indices(10, 4) == [0, 3, 6, 9]
+    assert sample_indices(100, 3) == [0, 49, 99]
+
+
+@pytest.mark.parametrize("value", [0, -1, -32])
+def test_places_below_one_are_refused(value: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"total must be at least 1, got {value}"):
+        sample_indices(value, 1)
+    with pytest.raises(ValueError, match=f"count must be at least 1, got {value}"):
+        sample_indices(1, value)
+    with pytest.raises(ValueError, match=f"frames must be at least 1, got {value}"):
+        read(clips.render(tmp_path / "clip.mp4", 2), value)
+
+
+@pytest.mark.parametrize("value", [2.5, "8", None, True])
+def test_places_of_another_type_are_refused(value: Any) -> None:
+    with pytest.raises(TypeError, match=f"count must be an integer of at least 1, got {value!r}"):
+        sample_indices(1, value)
+
+
+# Rendered clips
+
+ODD = (47, 65)
+KINDS: dict[str, dict[str, Any]] = {
+    "h264.mp4": {},
+    "sound.mp4": {"audio": True},
+    "fragmented.mp4": {"muxer": {"movflags": "frag_keyframe+empty_moov"}},
+    "odd444.mp4": {"pix_fmt": "yuv444p", "size": ODD},
+    "open-gop.mp4": {"options": {"x264-params": "open-gop=1:bframes=3:scenecut=0"}},
+    "hevc.mp4": {"codec": "libx265", "options": {"x265-params": "log-level=none"}},
+    "mpeg4.mp4": {"codec": "mpeg4", "size": ODD},
+    "mpeg4.avi": {"codec": "mpeg4", "options": {"bf": "2"}},
+    "h264.mkv": {},
+    "sound.mkv": {"audio": True},
+    "av1.mkv": {"codec": "libsvtav1", "size": (64, 64)},
+    "lossless.mkv": {"codec": "ffv1", "size": ODD},
+    "vp9.webm": {"codec": "libvpx-vp9", "size": ODD, "options": {"deadline": "realtime"}},
+    "vp8.webm": {"codec": "libvpx", "size": ODD, "options": {"deadline": "realtime"}},
+    "moving.gif": {"codec": "gif", "pix_fmt": "rgb8", "size": ODD},
+    "h264.flv": {},
+    "h264.ts": {},
+    "refresh.ts": {"options": {"x264-params": "intra-refresh=1"}},
+    "mpeg2.mpg": {"codec": "mpeg2video", "options": {"bf": "2"}},
+    "bare.h264": {},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("clips")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_clip(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not clips.can_encode(KINDS[name].get("codec", "libx264")):
+        pytest.skip("this PyAV has no such encoder")
+    path = clips.render(folder / name, 50, **KINDS[name])
+    height, width = KINDS[name].get("size", (48, 64))
+    for gap in (video.SEEK_GAP, 1):  # with 1 it jumps wherever it can
+        monkeypatch.setattr(video, "SEEK_GAP", gap)
+        for count in COUNTS:
+            clip = read(path, count)
+            check(clip, path, count, total=50)
+            assert numbers(clip) == list(clip.indices)
+            assert clip.frames.shape[1:] == (height, width, 3)
+            assert clip.fps == pytest.approx(25)
+            assert clip.duration == pytest.approx(2)
+            np.testing.assert_allclose(clip.timestamps, np.array(clip.indices) / 25, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["vfr.mp4", "vfr.mkv"])
+def test_variable_frame_rate(name: str, tmp_path: Path) -> None:
+    times = [40 * i + 3 * i * i for i in range(40)]  # milliseconds: ever slower
+    path = clips.render(tmp_path / name, 40, times=times)
+    for count in COUNTS:
+        clip = read(path, count)
+        check(clip, path, count, total=40)
+        assert numbers(clip) == list(clip.indices)
+        np.testing.assert_allclose(
+            clip.timestamps, [times[i] / 1000 for i in clip.indices], atol=1e-3
+        )
+        assert clip.fps == pytest.approx(39 / (times[-1] / 1000), rel=1e-3)
+
+
+def test_matroska_states_no_frame_count_and_none_is_needed(tmp_path: Path) -> None:
+    path = clips.render(tmp_path / "clip.mkv", 21)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames == 0
+    assert read(path, 4).indices == (0, 6, 13, 20)
+
+
+def test_a_clip_of_one_frame(tmp_path: Path) -> None:
+    clip = read(clips.render(tmp_path / "one.mp4", 1), 8)
+    assert (clip.indices, clip.timestamps, clip.total_frames) == ((0,), (0.0,), 1)
+    assert (clip.fps, clip.duration) == (25.0, 1 / 25)
+    assert clip.frames.shape == (1, 48, 64, 3)
+
+
+def test_default_is_32_frames(tmp_path: Path) -> None:
+    assert len(read(clips.render(tmp_path / "clip.mp4", 40)).frames) == 32
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_rotation_is_applied(degrees: int, tmp_path: Path) -> None:
+    path = clips.turn(clips.render(tmp_path / "turned.mp4", 12), degrees)
+    clip = read(path, 4)
+    check(clip, path, 4)
+    assert clip.frames.shape[1:3] == ((48, 64) if degrees == 180 else (64, 48))
+    turned_back = np.rot90(clip.frames, degrees // 90, axes=(1, 2))  # rot90 turns to the left
+    assert [clips.number(image) for image in turned_back] == list(clip.indices)
+
+
+def test_frames_outside_an_edit_list_do_not_count(tmp_path: Path) -> None:
+    source = clips.render(tmp_path / "whole.mp4", 60)
+    path = clips.remux(source, tmp_path / "edited.mp4", shift=20 * 512)  # 512 ticks a frame
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames == 60
+    for count in COUNTS:
+        clip = read(path, count)
+        check(clip, path, count, total=40)
+        assert numbers(clip) == [20 + i for i in clip.indices]
+
+
+def test_packets_that_give_no_frame_do_not_count(tmp_path: Path, spy: Spy) -> None:
+    """A recording that starts between keyframes: its first packets decode to nothing."""
+    source = clips.render(tmp_path / "whole.ts", 60)
+    path = clips.remux(source, tmp_path / "tail.ts", skip=5)
+    for count in COUNTS:
+        clip = read(path, count)
+        check(clip, path, count, total=48)
+        assert numbers(clip) == [12 + i for i in clip.indices]
+    assert spy.open == 0
+
+
+def test_a_change_of_size_takes_the_first_size(tmp_path: Path) -> None:
+    path = tmp_path / "both.h264"
+    small = clips.render(tmp_path / "small.h264", 10, size=(48, 64))
+    large = clips.render(tmp_path / "large.h264", 10, size=(96, 128))
+    path.write_bytes(small.read_bytes() + large.read_bytes())
+    clip = read(path, 20)
+    assert clip.frames.shape == (20, 48, 64, 3)
+    assert numbers(clip) == [*range(10), *range(10)]
+
+
+@pytest.mark.parametrize("name", ["a:b.mp4", "with space %03d [x].mp4", "ünï.mp4"])
+def test_awkward_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips.render(tmp_path / "clip.mp4", 5).rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert read(name, 2).indices == (0, 4)
+    assert read(Path(name), 2).path == name
+
+
+def test_metadata_in_another_encoding_is_no_error(tmp_path: Path) -> None:
+    path = clips.render(tmp_path / "clip.mkv", 5, metadata={"title": "caf??"})
+    path.write_bytes(path.read_bytes().replace(b"caf??", b"caf\xe9\xe8"))
+    with pytest.raises(UnicodeDecodeError):
+        av.open(str(path))
+    assert read(path, 2).indices == (0, 4)
+
+
+# Long clips
+
+
+@pytest.fixture(scope="module", params=["long.mp4", "long.mkv", "long.ts"])
+def long(request: pytest.FixtureRequest, folder: Path) -> Path:
+    path = folder / request.param
+    return clips.render(path, 2000, gop=50, options={"preset": "veryfast"})
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 7])
+def test_a_long_clip_is_read_by_jumps_to_the_exact_frames(long: Path, count: int, spy: Spy) -> None:
+    clip = read(long, count)
+    assert list(clip.indices) == sample_indices(2000, count) == numbers(clip)
+    assert spy.jumps
+    assert spy.decoded < count * 60
+    assert spy.opened == 2
+    check(clip, long, count, total=2000)
+
+
+def test_many_frames_of_a_long_clip_need_no_jump(long: Path, spy: Spy) -> None:
+    clip = read(long, 33)
+    assert list(clip.indices) == numbers(clip)
+    assert not spy.jumps
+
+
+@pytest.mark.parametrize("late", [4000, 10**9])
+def test_a_jump_that_lands_late_is_noticed(
+    late: int, long: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spy = Spy(monkeypatch, late)
+    clip = read(long, 3)
+    assert spy.jumps
+    assert numbers(clip) == list(clip.indices) == [0, 999, 1999]
+
+
+def test_only_the_sampled_frames_are_held(tmp_path: Path, spy: Spy) -> None:
+    size = (480, 640)
+    path = clips.render(tmp_path / "clip.mp4", 120, size=size, options={"preset": "ultrafast"})
+    tracemalloc.start()
+    try:
+        clip = read(path, 6)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert spy.decoded == 120
+    assert spy.most_alive <= 3
+    assert peak < clip.frames.nbytes + 3 * clip.frames[0].nbytes
+
+
+# Progress, and closing
+
+
+def test_progress_counts_to_the_frames_that_there_are(tmp_path: Path) -> None:
+    path, seen = clips.render(tmp_path / "clip.mp4", 5), []
+    read(path, 3, lambda done, asked: seen.append((done, asked)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    seen.clear()
+    read(path, 32, lambda done, asked: seen.append((done, asked)))
+    assert seen == [(i, 5) for i in range(1, 6)]
+
+
+def test_an_error_in_progress_passes_and_the_file_is_closed(tmp_path: Path, spy: Spy) -> None:
+    def stop(done: int, asked: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read(clips.render(tmp_path / "clip.mp4", 5), 3, stop)
+    assert spy.opened > 0
+    assert spy.open == 0
+
+
+# Bad files
+
+
+def refused(path: Path, count: int = 4) -> str:
+    """What the error says of this file, after its name."""
+    with pytest.raises(VideoError) as caught:
+        read(path, count)
+    message = str(caught.value)
+    assert isinstance(caught.value, ValueError)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    return message.removeprefix(f"{path}: ")
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    assert refused(tmp_path / "none.mp4") == "no such file"
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    assert "a folder, not a video file" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"Some text.\n" * 50, bytes(range(256)) * 50])
+@pytest.mark.parametrize("name", ["file.mp4", "file.txt", "file"])
+def test_not_a_video(content: bytes, name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert "not a readable video" in refused(path)
+
+
+def test_sound_alone(tmp_path: Path, spy: Spy) -> None:
+    for name in ("sound.m4a", "sound.mkv"):
+        path = clips.render(tmp_path / name, 0, audio=True)
+        assert refused(path) == "holds no video stream, only sound or other data"
+    assert spy.open == 0
+
+
+def test_sound_with_a_cover_picture(tmp_path: Path) -> None:
+    path = clips.with_cover(tmp_path / "song.mp3")
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 1
+    assert "no video stream" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "unknown"),
+    [("a.mp4", b"avc1", b"zzzz"), ("a.mkv", b"V_MPEG4/ISO/AVC", b"V_MPEG9/ISO/AVC")],
+)
+def test_a_codec_that_nothing_decodes(
+    name: str, known: bytes, unknown: bytes, tmp_path: Path
+) -> None:
+    path = clips.render(tmp_path / name, 5)
+    path.write_bytes(path.read_bytes().replace(known, unknown))
+    assert "no decoder for its codec; re-encode it" in refused(path)
+
+
+def test_no_frames(tmp_path: Path) -> None:
+    path = clips.render(tmp_path / "clip.mkv", 1)
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"\x1f\x43\xb6\x75")])  # where the first cluster begins
+    assert refused(path) == "holds no frames"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("index-first.mp4", {"muxer": {"movflags": "faststart"}}),
+        ("index-first-sound.mp4", {"muxer": {"movflags": "faststart"}, "audio": True}),
+        ("cut.mkv", {}),
+        ("cut-sound.mkv", {"audio": True}),
+        ("cut.flv", {}),
+    ],
+)
+def test_a_file_that_ends_early(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    path = clips.render(tmp_path / name, 400, **options)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 3 // 4])
+    for count in COUNTS[1:]:
+        message = refused(path, count)
+        assert "the file ends early: only" in message
+        there, total = (int(word) for word in message.split() if word.isdigit())
+        assert 100 < there < 380 < total < 420
+    clip = read(path, 1)  # the middle of what should be there is there
+    assert numbers(clip) == list(clip.indices)
+    assert clip.total_frames == total
+
+
+def test_a_file_that_lost_its_index(tmp_path: Path) -> None:
+    path = clips.render(tmp_path / "index-last.mp4", 60)
+    path.write_bytes(path.read_bytes()[:-200])
+    assert "cut off" in refused(path)
+
+
+def test_a_count_that_is_off_by_a_little_is_no_error(tmp_path: Path) -> None:
+    path = clips.render(tmp_path / "clip.webm", 100, codec="libvpx-vp9", gop=10)
+    with av.open(str(path)) as container:
+        last = [packet.pos for packet in container.demux(video=0) if packet.size][-3]
+    path.write_bytes(path.read_bytes()[:last])
+    clip = read(path, 5)
+    check(clip, path, 5, total=len(oracle(path)))
+    assert 95 <= clip.total_frames < 100
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "bare.h264"])
+def test_damage_counts_only_up_to_the_last_sampled_frame(name: str, tmp_path: Path) -> None:
+    path = clips.render(tmp_path / "clip.mp4", 60, codec="mpeg4")
+    clips.damage(path, 40)
+    if name != path.name:
+        path = clips.remux(path, tmp_path / "clip.m4v")  # bare, without times
+    assert len(oracle(path)) == 40
+    clip = read(path, 1)
+    check(clip, path, 1, total=60)
+    for count in COUNTS[1:]:
+        message = refused(path, count)
+        assert message.startswith("damaged (")
+        assert message.endswith("only 40 of 60 frames can be read")
+
+
+def test_damage_behind_a_jump_is_told_by_its_true_place(tmp_path: Path, spy: Spy) -> None:
+    path = clips.render(tmp_path / "clip.mp4", 1000, codec="mpeg4", gop=50)
+    clips.damage(path, 970)
+    assert refused(path, 2).endswith("only 970 of 1000 frames can be read")
+    assert spy.jumps
+    assert spy.open == 0
+
+
+# Real clips, where the folder is there
+
+
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        ("car-detection.mp4", 377),
+        ("bottle-detection.mp4", 1189),
+        ("asl-walk.mkv", 89),
+        ("nasa.mp4", 325),
+        ("nasa-rotated.mp4", 17),
+        ("av1.mkv", 125),
+        ("h265.mp4", 10),
+        ("non-zero-start.mp4", 12),
+    ],
+)
+def test_real_clips(name: str, total: int) -> None:
+    if not SHARED.is_dir():
+        pytest.skip(f"the folder of real clips is missing: {os.path.relpath(SHARED)}")
+    for count in COUNTS:
+        clip = read(SHARED / name, count)
+        check(clip, SHARED / name, count, total=total)
+        assert clip.fps == pytest.approx(clip.total_frames / clip.duration)
+
+
+def test_real_damage() -> None:
+    if not SHARED.is_dir():
+        pytest.skip(f"the folder of real clips is missing: {os.path.relpath(SHARED)}")
+    path = SHARED / "corrupted.mp4"
+    check(read(path, 1), path, 1, total=50)
+    for count in COUNTS[1:]:
+        assert refused(path, count).endswith("only 28 of 50 frames can be read")
