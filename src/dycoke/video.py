@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
-from numbers import Integral
 
 import av
 import numpy as np
@@ -24,6 +23,8 @@ from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
+
+from dycoke.checks import check_count
 
 SEEK_GAP = 256  # frames that a jump has to save: it empties the pipeline of decoder threads
 EARLY_END = Fraction(1, 20)  # share of the stated length; a file that lacks more is cut off
@@ -83,7 +84,7 @@ def sample_indices(total: int, count: int) -> list[int]:
     TypeError, ValueError
         For a value that is no integer, or below 1.
     """
-    total, count = _at_least_one("total", total), _at_least_one("count", count)
+    total, count = check_count("total", total), check_count("count", count)
     if count == 1:
         return [total // 2]
     count = min(total, count)
@@ -119,7 +120,7 @@ def read(
     TypeError, ValueError
         For a bad ``frames``.
     """
-    count = _at_least_one("frames", frames)
+    count = check_count("frames", frames)
     file = os.fsdecode(path)
     if not os.path.exists(file):
         raise VideoError(f"{file}: no such file")
@@ -140,14 +141,6 @@ def read(
         raise VideoError(f"{file}: decodes differently each time; re-encode it")
     seconds = tuple(float((listing.times[i] - listing.times[0]) * listing.base) for i in indices)
     return Video(images, tuple(indices), seconds, listing.total, listing.fps, file)
-
-
-def _at_least_one(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer of at least 1, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value!r}")
-    return int(value)
 
 
 @dataclass(frozen=True)
@@ -192,7 +185,8 @@ def _open(file: str) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 def _arrange(times: list[int], count: int, stream: VideoStream) -> _Listing:
     rate = stream.average_rate or stream.guessed_rate or Fraction(1)
-    if stream.time_base and len(times) == count and all(a < b for a, b in pairwise(times)):
+    whole = 0 < count == len(times) and all(a < b for a, b in pairwise(times))
+    if whole and stream.time_base:
         return _Listing(times, stream.time_base, rate, True, count)
     return _Listing(range(count), 1 / rate, rate, False, count)
 
@@ -216,12 +210,12 @@ def _list_packets(file: str) -> _Listing:
             if packet.stream_index == stream.index:
                 times.append(time)
                 if packet.is_keyframe:
-                    dts = packet.dts if by_decoding else None
-                    seeks.append((time, time if dts is None else dts))
+                    at = packet.dts if by_decoding and packet.dts is not None else time
+                    seeks.append((time, at))
         listing = _arrange(sorted(times), count, stream)
-        if not listing.timed or not count:
+        if not listing.timed:
             return listing
-        keys = sorted((bisect_left(listing.times, time), seek) for time, seek in seeks)
+        keys = sorted((bisect_left(listing.times, time), at) for time, at in seeks)
         total, flaw = count, ""
         # Where no stream reaches the length that the file states, its end is missing.
         stated = Fraction(container.duration or 0, av.time_base)

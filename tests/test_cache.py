@@ -1,0 +1,154 @@
+"""Rows that move: exchanges lose nothing, and the cache refuses what it cannot do."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support import compressed, families, generate, inputs_of, model_of
+from transformers import DynamicCache
+
+from dycoke import DyCoke, UnsupportedError
+from dycoke.cache import Generation, adopt
+from dycoke.rows import arrange
+from dycoke.selection import top_mask
+
+
+def cache_of(batch: int = 2, tokens: int = 20, prune: float = 0.6, seed: int = 0):
+    """A cache of 4 layers, pruned from layer 2 on, filled with one prompt; and its rows."""
+    g = torch.Generator().manual_seed(seed)
+    pads = torch.tensor([0, 4, 2][:batch])
+    mask = torch.arange(tokens) >= pads[:, None]
+    video = mask.clone()
+    video[:, :6] = video[:, -3:] = False
+    rows = arrange(torch.ones_like(mask), video, mask, prune)
+    generation = Generation(
+        owner=None,
+        prompt_length=tokens,
+        length=tokens,
+        plain=rows.plain,
+        pruned=rows.pruned,
+        visual=rows.visual,
+        dropped=rows.dropped[:, -1],
+        step="inside a forward",
+    )
+    cache = DynamicCache()
+    adopt(cache, generation, 2, 4)
+    prompt = [torch.randn(2, batch, 3, tokens, 5, generator=g) for _ in range(4)]
+    for i, (k, v) in enumerate(prompt):
+        cache.update(k, v, i)
+    return cache, prompt
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_survive_any_number_of_exchanges_bit_for_bit(batch: int, seed: int) -> None:
+    cache, prompt = cache_of(batch, seed=seed)
+    g = torch.Generator().manual_seed(seed)
+    visual, pruned = cache.generation.visual, cache.generation.pruned
+    left = came = 0
+    for _ in range(25):
+        before = visual.active.clone()
+        scores = torch.rand(visual.valid.shape, generator=g).masked_fill(~visual.valid, -torch.inf)
+        chosen = top_mask(scores, visual.counts)
+        recalled = cache.select(chosen)
+        assert torch.equal(recalled, (chosen & ~before).sum(1))
+        left, came = left + int((before & ~chosen).sum()), came + int(recalled.sum())
+        for i, (keys, values) in enumerate(prompt):
+            layer = cache.layers[i]
+            for b in range(batch):
+                index = (pruned if i >= 2 else cache.generation.plain).index[b]
+                assert sorted(index.tolist()) == cache.generation.plain.index[b].tolist()
+                real = index >= 0
+                assert torch.equal(layer.keys[b][:, real], keys[b][:, index[real]])
+                assert torch.equal(layer.values[b][:, real], values[b][:, index[real]])
+                # The active tokens, and no others, stand from `first` on among the visual rows.
+                count = int(visual.counts[b])
+                view = index[pruned.first[b] : pruned.first[b] + count].tolist()
+                tokens = [
+                    int(cache.generation.plain.index[b, visual.rows[b, v]])
+                    for v in chosen[b].nonzero()[:, 0]
+                ]
+                if i >= 2:
+                    assert sorted(view) == sorted(tokens)
+    assert left == came > 0
+
+
+def test_a_decode_step_takes_one_contiguous_view() -> None:
+    cache, _ = cache_of(batch=1)
+    new = torch.randn(1, 3, 1, 5)
+    for i in range(4):
+        keys, values = cache.update(new, new, i)
+        layer = cache.layers[i]
+        start = layer.rows.start
+        assert (start > 0) == (i >= 2)
+        assert keys.data_ptr() == layer.buffers[0][:, :, start:].data_ptr()
+        assert keys.shape[2] == 21 - start
+        assert torch.equal(values[:, :, -1], new[:, :, 0])
+        # Several tokens see everything.
+        assert cache.update(torch.randn(1, 3, 2, 5), torch.randn(1, 3, 2, 5), i)[0].shape[2] == 23
+
+
+def test_logical_and_physical_length() -> None:
+    cache, _ = cache_of(batch=1)
+    cache.generation.length = 1000
+    assert cache.get_seq_length() == 1000
+    assert cache.get_query_offset(0) == 20
+    assert cache.get_mask_sizes(3, 0) == (23, 0)
+
+
+def test_crop_forgets_text_only() -> None:
+    cache, _ = cache_of(batch=2)
+    new = torch.randn(2, 3, 2, 5)
+    for i in range(4):
+        cache.update(new, new, i)
+    cache.generation.length += 2
+    cache.crop(0)
+    cache.crop(torch.tensor(-2))  # transformers 5.17 hands a tensor
+    assert cache.get_seq_length() == 20
+    assert cache.layers[3].keys.shape[2] == 20
+    cache.crop(-3)  # the prompt's own text after the video
+    assert cache.get_seq_length() == 17
+    assert cache.layers[0].keys.shape[2] == cache.layers[3].keys.shape[2] == 17
+    with pytest.raises(UnsupportedError, match="reaches into the video"):
+        cache.crop(-1)
+    with pytest.raises(UnsupportedError, match="as a negative number"):
+        cache.crop(5)
+
+
+@families
+def test_a_copied_cache_goes_on_by_itself(family: str) -> None:
+    """Two questions on copies of one cache answer as each alone."""
+    model, inputs = model_of(family), inputs_of(family, [[7]], [(5, 7)])
+    ids = inputs["input_ids"]
+
+    def ask(cache: object, first: torch.Tensor, question: list[int]) -> torch.Tensor:
+        longer = torch.cat([first, torch.tensor([question])], 1)
+        follow = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
+        if family == "qwen2_5_vl":
+            follow["mm_token_type_ids"] = (longer == ids[0, 6]).long() * 2
+        return generate(model, follow, past_key_values=cache).sequences
+
+    with DyCoke()(model) as run:
+        start = generate(model, inputs, tokens=2)
+        copies = [copy.deepcopy(start.past_key_values) for _ in range(3)]
+        a = ask(copies[0], start.sequences, [3, 4, 5])
+        b = ask(copies[1], start.sequences, [40, 41])
+        again = ask(copies[2], start.sequences, [3, 4, 5])
+        assert torch.equal(a, again)
+        alone = ask(start.past_key_values, start.sequences, [40, 41])
+    assert torch.equal(b, alone)
+    assert len(run.reports) == 5
+    assert len({id(r) for r in run.reports}) == 5
+    assert [r.decode_steps for r in run.reports] == [1, 7, 7, 7, 7]
+
+
+@families
+def test_what_a_cache_refuses(family: str) -> None:
+    model, inputs = model_of(family), inputs_of(family, [[4]], [(5, 7)])
+    output, _ = compressed(model, DyCoke(), inputs, tokens=2)
+    cache = output.past_key_values
+    for call in (cache.reset, cache.layers[0].reset, cache.layers[0].offload):
+        with pytest.raises(UnsupportedError, match="DyCoke cache cannot"):
+            call()
