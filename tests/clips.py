@@ -10,6 +10,7 @@ import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -56,15 +57,15 @@ def render(
     gop: int = 12,
     pix_fmt: str = "yuv420p",
     times: Sequence[int] | None = None,
-    audio: bool = False,
+    sound: float = 0,
     options: dict[str, str] | None = None,
     muxer: dict[str, str] | None = None,
     metadata: dict[str, str] | None = None,
 ) -> Path:
     """Write `count` pictures of `size` (height, width), numbered from 0, and return the path.
 
-    `times` are presentation times in milliseconds (default: `rate` pictures a second). `audio`
-    adds a silent track of the same length; with a `count` of 0 it is all there is, one second.
+    `times` are presentation times in milliseconds (default: `rate` pictures a second). `sound`
+    adds that many seconds of silence; with a `count` of 0 it is all there is.
     """
     height, width = size
     clock = Fraction(1, 1000) if times else Fraction(1, rate)
@@ -74,7 +75,7 @@ def render(
             video = container.add_stream(codec, rate=rate, options=options or {})
             video.width, video.height, video.pix_fmt = width, height, pix_fmt
             video.codec_context.gop_size, video.codec_context.time_base = gop, clock
-        sound = container.add_stream("aac", rate=16000, layout="mono") if audio else None
+        audio = container.add_stream("aac", rate=16000, layout="mono") if sound else None
         for value in range(count):
             frame = av.VideoFrame.from_ndarray(picture(value, height, width), format="rgb24")
             frame = frame.reformat(format=pix_fmt)
@@ -82,14 +83,17 @@ def render(
             container.mux(video.encode(frame))
         if count:
             container.mux(video.encode(None))
-        if sound is not None:
-            for start in range(0, 16000 * (count or rate) // rate, 1024):
-                silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), "f4"), "fltp", "mono")
-                silence.sample_rate, silence.pts = 16000, start
-                silence.time_base = Fraction(1, 16000)
-                container.mux(sound.encode(silence))
-            container.mux(sound.encode(None))
+        if audio is not None:
+            _silence(container, audio, sound)
     return path
+
+
+def _silence(container: Any, stream: Any, seconds: float) -> None:
+    for start in range(0, int(16000 * seconds), 1024):
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), "f4"), "fltp", "mono")
+        frame.sample_rate, frame.pts, frame.time_base = 16000, start, Fraction(1, 16000)
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
 
 
 def remux(source: Path, path: Path, *, skip: int = 0, shift: int = 0) -> Path:
@@ -139,11 +143,6 @@ def with_cover(path: Path) -> Path:
     size = bytes(len(frame) >> bits & 127 for bits in (21, 14, 7, 0))
     with av.open(str(path), "w", format="mp3") as container:
         sound = container.add_stream("libmp3lame", rate=16000, layout="mono")
-        for start in range(0, 16000, 1152):
-            silence = av.AudioFrame.from_ndarray(np.zeros((1, 1152), "f4"), "fltp", "mono")
-            silence.sample_rate, silence.pts = 16000, start
-            silence.time_base = Fraction(1, 16000)
-            container.mux(sound.encode(silence))
-        container.mux(sound.encode(None))
+        _silence(container, sound, 1)
     path.write_bytes(b"ID3\x03\0\0" + size + frame + path.read_bytes())
     return path

@@ -69,12 +69,12 @@ def numbers(clip: Video) -> list[int]:
 
 
 class Spy:
-    """Stands in for `av.open`: counts frames as they are decoded, jumps, and what is left open."""
+    """Stands in for `av.open`: counts frames as they are decoded, jumps, and open files."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, late: int = 0) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, late: int | None = 0) -> None:
         self.decoded = self.open = self.opened = self.most_alive = 0
         self.jumps: list[int] = []
-        self.late = late  # makes every jump land this much too late
+        self.late = late  # makes every jump aim this much too late; None makes it fail
         self.alive: weakref.WeakSet[Any] = weakref.WeakSet()
         self.av_open = av.open
         monkeypatch.setattr(video.av, "open", self)
@@ -109,6 +109,8 @@ class Spy:
 
             def seek(self, offset: int, **kwargs: Any) -> None:
                 spy.jumps.append(offset)
+                if spy.late is None:
+                    raise av.error.PermissionError(1, "Operation not permitted")
                 container.seek(offset + spy.late, **kwargs)
 
         return Container(container)
@@ -170,7 +172,7 @@ def test_places_of_another_type_are_refused(value: Any) -> None:
 ODD = (47, 65)
 KINDS: dict[str, dict[str, Any]] = {
     "h264.mp4": {},
-    "sound.mp4": {"audio": True},
+    "sound.mp4": {"sound": 2},
     "fragmented.mp4": {"muxer": {"movflags": "frag_keyframe+empty_moov"}},
     "odd444.mp4": {"pix_fmt": "yuv444p", "size": ODD},
     "open-gop.mp4": {"options": {"x264-params": "open-gop=1:bframes=3:scenecut=0"}},
@@ -178,7 +180,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "mpeg4.mp4": {"codec": "mpeg4", "size": ODD},
     "mpeg4.avi": {"codec": "mpeg4", "options": {"bf": "2"}},
     "h264.mkv": {},
-    "sound.mkv": {"audio": True},
+    "sound.mkv": {"sound": 2},
     "av1.mkv": {"codec": "libsvtav1", "size": (64, 64)},
     "lossless.mkv": {"codec": "ffv1", "size": ODD},
     "vp9.webm": {"codec": "libvpx-vp9", "size": ODD, "options": {"deadline": "realtime"}},
@@ -236,6 +238,13 @@ def test_matroska_states_no_frame_count_and_none_is_needed(tmp_path: Path) -> No
     assert read(path, 4).indices == (0, 6, 13, 20)
 
 
+@pytest.mark.parametrize("name", ["clip.mkv", "clip.mp4", "clip.flv"])
+def test_sound_may_outlast_the_picture(name: str, tmp_path: Path) -> None:
+    clip = read(clips.render(tmp_path / name, 25, sound=4), 5)
+    assert (clip.indices, clip.total_frames) == ((0, 6, 12, 18, 24), 25)
+    assert clip.duration == pytest.approx(1)
+
+
 def test_a_clip_of_one_frame(tmp_path: Path) -> None:
     clip = read(clips.render(tmp_path / "one.mp4", 1), 8)
     assert (clip.indices, clip.timestamps, clip.total_frames) == ((0,), (0.0,), 1)
@@ -257,15 +266,18 @@ def test_rotation_is_applied(degrees: int, tmp_path: Path) -> None:
     assert [clips.number(image) for image in turned_back] == list(clip.indices)
 
 
-def test_frames_outside_an_edit_list_do_not_count(tmp_path: Path) -> None:
+def test_frames_outside_an_edit_list_do_not_count(tmp_path: Path, spy: Spy) -> None:
     source = clips.render(tmp_path / "whole.mp4", 60)
     path = clips.remux(source, tmp_path / "edited.mp4", shift=20 * 512)  # 512 ticks a frame
     with av.open(str(path)) as container:
         assert container.streams.video[0].frames == 60
+    assert len(oracle(path)) == 40
+    spy.opened = 0
     for count in COUNTS:
         clip = read(path, count)
         check(clip, path, count, total=40)
         assert numbers(clip) == [20 + i for i in clip.indices]
+    assert spy.opened == 2 * len(COUNTS)  # seen from the packets: nothing is decoded twice
 
 
 def test_packets_that_give_no_frame_do_not_count(tmp_path: Path, spy: Spy) -> None:
@@ -330,14 +342,17 @@ def test_many_frames_of_a_long_clip_need_no_jump(long: Path, spy: Spy) -> None:
     assert not spy.jumps
 
 
-@pytest.mark.parametrize("late", [4000, 10**9])
-def test_a_jump_that_lands_late_is_noticed(
-    late: int, long: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("late", [-4000, 4000, 10**9, None])
+def test_a_jump_that_goes_wrong_is_noticed(
+    late: int | None, long: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spy = Spy(monkeypatch, late)
     clip = read(long, 3)
     assert spy.jumps
     assert numbers(clip) == list(clip.indices) == [0, 999, 1999]
+    assert spy.open == 0
+    if late == -4000 and long.suffix == ".mkv":  # four seconds: the keyframe before the last
+        assert spy.opened == 2  # all is well, only later
 
 
 def test_only_the_sampled_frames_are_held(tmp_path: Path, spy: Spy) -> None:
@@ -408,7 +423,7 @@ def test_not_a_video(content: bytes, name: str, tmp_path: Path) -> None:
 
 def test_sound_alone(tmp_path: Path, spy: Spy) -> None:
     for name in ("sound.m4a", "sound.mkv"):
-        path = clips.render(tmp_path / name, 0, audio=True)
+        path = clips.render(tmp_path / name, 0, sound=1)
         assert refused(path) == "holds no video stream, only sound or other data"
     assert spy.open == 0
 
@@ -433,14 +448,14 @@ def test_a_codec_that_nothing_decodes(
 
 
 def test_sound_that_nothing_decodes_does_not_matter(tmp_path: Path) -> None:
-    path = clips.render(tmp_path / "clip.mkv", 5, audio=True)
+    path = clips.render(tmp_path / "clip.mkv", 50, sound=1)
     path.write_bytes(path.read_bytes().replace(b"A_AAC", b"A_XXX"))
-    assert read(path, 2).indices == (0, 4)
+    assert read(path, 2).indices == (0, 49)
 
 
 def test_no_frames(tmp_path: Path) -> None:
     path = tmp_path / "empty.mkv"
-    source = clips.render(tmp_path / "clip.mkv", 5, audio=True)
+    source = clips.render(tmp_path / "clip.mkv", 5, sound=1)
     with av.open(str(source)) as old, av.open(str(path), "w") as new:
         new.add_stream_from_template(old.streams.video[0])
         sound = new.add_stream_from_template(old.streams.audio[0])
@@ -455,9 +470,9 @@ def test_no_frames(tmp_path: Path) -> None:
     ("name", "options"),
     [
         ("index-first.mp4", {"muxer": {"movflags": "faststart"}}),
-        ("index-first-sound.mp4", {"muxer": {"movflags": "faststart"}, "audio": True}),
+        ("index-first-sound.mp4", {"muxer": {"movflags": "faststart"}, "sound": 16}),
         ("cut.mkv", {}),
-        ("cut-sound.mkv", {"audio": True}),
+        ("cut-sound.mkv", {"sound": 16}),
         ("cut.flv", {}),
     ],
 )

@@ -266,7 +266,7 @@ class Engine:
         if isinstance(past, DycokeCache):
             self._go_on(step, past, inputs, several)
         elif spans and (self.trace or not self.method.idle):
-            self._prefill(step, spans, inputs)
+            self._prefill(step, spans, inputs, several)
         else:
             self._watch(step, spans, inputs, several)
         if step.cache is not None:
@@ -317,14 +317,16 @@ class Engine:
                 return True
         return False
 
-    def _prefill(self, step: Step, spans: list[VideoSpan], inputs: dict[str, Any]) -> None:
+    def _prefill(
+        self, step: Step, spans: list[VideoSpan], inputs: dict[str, Any], several: bool
+    ) -> None:
         """Merge, shorten the prompt in ``inputs``, and take over the cache."""
         method, embeds = self.method, inputs["inputs_embeds"]
         mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
         batch, length, _ = embeds.shape
         device = embeds.device
-        self._check_unchanged(mask)
         cache = self._checked_cache(inputs)
+        self._check_unchanged(mask)
 
         keep = torch.ones(batch, length, dtype=torch.bool, device=device)
         visual = torch.zeros_like(keep)
@@ -371,6 +373,7 @@ class Engine:
                 visual=rows.visual,
                 dropped=rows.dropped[:, -1],
                 tally=step.tally,
+                refuse_crop=ASSISTED if several and rows.pruned is not rows.plain else None,
             )
             adopt(cache, generation, method.prune_layer, len(self._layers()))
             inputs["past_key_values"] = cache

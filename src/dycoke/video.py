@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from dycoke.checks import check_count
 
 SEEK_GAP = 256  # frames that a jump has to save: it empties the pipeline of decoder threads
-EARLY_END = Fraction(1, 20)  # share of the stated length; a file that lacks more is cut off
+SLACK = Fraction(1, 20), Fraction(1, 4)  # share and seconds that may lack of the stated length
 
 
 class VideoError(ValueError):
@@ -219,7 +219,7 @@ def _list_packets(file: str) -> _Listing:
         total, flaw = count, ""
         # Where no stream reaches the length that the file states, its end is missing.
         stated = Fraction(container.duration or 0, av.time_base)
-        if stated - end > max(stated * EARLY_END, 2 / listing.rate):
+        if stated - end > max(stated * SLACK[0], SLACK[1], 2 / listing.rate):
             guess = round(count * stated / max(end, 1 / listing.rate))
             total, flaw = max(count + 1, stream.frames or guess), "the file ends early"
     return replace(listing, total=total, flaw=flaw, keys=keys)
@@ -260,8 +260,9 @@ def _decode(
             key = bisect_right(listing.keys, (index, math.inf)) - 1
             try:
                 if key >= 0 and listing.keys[key][0] - place >= SEEK_GAP:
+                    jumped = True
                     container.seek(listing.keys[key][1], stream=stream)
-                    decoded, place, jumped = container.decode(stream), -1, True
+                    decoded, place = container.decode(stream), -1
                 for frame in decoded:
                     if place < 0:
                         place = bisect_left(listing.times, frame.pts or 0)

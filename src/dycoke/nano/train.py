@@ -56,9 +56,9 @@ class Stage:
 
 STAGES = (
     Stage("sight", (4, 4), 12, 8, 0, 0.97, 0.08, sees=True),
-    Stage("one", (1, 1), 4, 32, 4, 0.93, 0.25, sees=True),
-    Stage("two", (1, 2), 8, 16, 6, 0.92, 0.25, sees=False),
-    Stage("all", (1, 4), 16, 12, 8, 2.0, 1.0, sees=False),
+    Stage("one", (1, 1), 4, 16, 4, 0.85, 0.2, sees=True),
+    Stage("two", (1, 2), 8, 12, 6, 0.85, 0.2, sees=False),
+    Stage("all", (1, 4), 16, 8, 8, 2.0, 1.0, sees=False),
 )
 
 
@@ -290,7 +290,7 @@ class Trainer:
 
     def set_rate(self) -> None:
         """Warm up at the start of each stage; in the last part go down to nothing."""
-        warm = min(1.0, (self.done.step - self.done.stage_step + 1) / 100)
+        warm = min(1.0, (self.done.step - self.done.stage_step + 1) / 30)
         left = 1 - self.done.seconds / (60 * self.args.minutes)
         factor = warm * max(0.01, min(1.0, left / self.args.decay))
         for optimiser in self.optimisers:

@@ -1,0 +1,119 @@
+"""Where the time of one generation goes, measured from outside by hooks."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dycoke.compressor import Compressor, Run
+
+
+@dataclass
+class Timings:
+    """Seconds per stage of one answer.
+
+    Attributes
+    ----------
+    video_s : from the file to the processor's tensors.
+    vision_s : the vision encoder and projector.
+    compress_s : finding and merging the visual tokens.
+    prefill_s : the language model over the prompt, without compression.
+    ttft_s : time to first token: vision + compress + prefill.
+    per_token_s : mean over the tokens after the first; 0 where there are none.
+    total_s : everything, from the file to the last token.
+    """
+
+    video_s: float = 0.0
+    vision_s: float = 0.0
+    compress_s: float = 0.0
+    prefill_s: float = 0.0
+    ttft_s: float = 0.0
+    per_token_s: float = 0.0
+    total_s: float = 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+class Stopwatch:
+    """Times one ``generate`` call, with or without a compressor.
+
+    Every mark waits for the device, so that a stage's time is its own.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.base, self.decoder = model, model.base_model, model.get_decoder()
+        self.timings = Timings()
+        self._start = self._prefilled = self._last = 0.0
+        self._steps = 0
+
+    def now(self) -> float:
+        device = self.model.device.type
+        if device in ("cuda", "mps", "xpu"):
+            getattr(torch, device).synchronize()
+        return time.perf_counter()
+
+    @contextmanager
+    def compressing(self, compressor: Compressor | None) -> Iterator[Run | None]:
+        """Time the one generation inside; yields the compressor's run, if there is one."""
+        with ExitStack() as stack:
+            # Hooks run in the order of their registration: ours around the compressor's.
+            self._time_vision(stack)
+            self._hook(stack, self.base, self._begin)
+            self._hook(stack, self.decoder, self._begin)
+            run = None if compressor is None else stack.enter_context(compressor(self.model))
+            self._hook(stack, self.base, self._compressed)
+            self._hook(stack, self.decoder, self._compressed)
+            handle = self.model.register_forward_hook(self._forwarded)
+            stack.callback(handle.remove)
+            began = self.now()
+            yield run
+            self._finish(self.now() - began)
+
+    def _hook(self, stack: ExitStack, module: Any, hook: Any) -> None:
+        stack.callback(module.register_forward_pre_hook(hook).remove)
+
+    def _time_vision(self, stack: ExitStack) -> None:
+        inner = self.base.get_video_features
+
+        @functools.wraps(inner)  # generate inspects its signature
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = self.now()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self.timings.vision_s += self.now() - began
+
+        self.base.get_video_features = timed
+        stack.callback(delattr, self.base, "get_video_features")
+
+    def _begin(self, *_: Any) -> None:
+        if not self._prefilled:
+            self._start = self.now()
+
+    def _compressed(self, *_: Any) -> None:
+        if not self._prefilled:
+            # What lies between two neighbouring hooks is the compressor's hook.
+            began, self._start = self._start, self.now()
+            self.timings.compress_s += self._start - began
+
+    def _forwarded(self, *_: Any) -> None:
+        now = self.now()
+        if not self._prefilled:
+            self._prefilled = now
+            self.timings.prefill_s = now - self._start
+        else:
+            self._steps += 1
+        self._last = now
+
+    def _finish(self, generate_s: float) -> None:
+        t = self.timings
+        t.ttft_s = t.vision_s + t.compress_s + t.prefill_s
+        t.per_token_s = (self._last - self._prefilled) / self._steps if self._steps else 0.0
+        t.total_s = generate_s
