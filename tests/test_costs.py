@@ -16,9 +16,7 @@ TABLE = {
 @pytest.mark.parametrize("size", TABLE)
 def test_the_papers_column(size: str) -> None:
     shape = costs.PAPER_SHAPES[size]
-    for (merge, prune), expected in zip(
-        costs.PAPER_SETTINGS.values(), TABLE[size], strict=True
-    ):
+    for (merge, prune), expected in zip(costs.PAPER_SETTINGS.values(), TABLE[size], strict=True):
         result = costs.flops(
             costs.PAPER_TOKENS,
             shape.hidden_size,
@@ -45,7 +43,8 @@ def test_equals_a_plain_sum() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("retention", 0), ("retention", 1.1), ("prune_ratio", 1), ("new_tokens", -1)]
+    ("name", "value"),
+    [("retention", 0), ("retention", 1.1), ("prune_ratio", 1), ("new_tokens", -1)],
 )
 def test_bad_values_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must .*{value}"):

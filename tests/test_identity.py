@@ -93,7 +93,9 @@ def test_each_beam_scores_what_it_scores_alone(family: str, prune: float) -> Non
     """Reordered caches: a returned beam, forced token by token without beams, has its score."""
     model, inputs = model_of(family), inputs_of(family, *BATCHES["one"])
     settings = DyCoke(merge_ratio=0.5, prune_ratio=prune)
-    beams, run = compressed(model, settings, inputs, num_beams=3, num_return_sequences=3, output_scores=True)
+    beams, run = compressed(
+        model, settings, inputs, num_beams=3, num_return_sequences=3, output_scores=True
+    )
     assert run.report is not None and len(run.report.samples) == 3
     for row, score in zip(beams.sequences, beams.sequences_scores, strict=True):
         forced = row[inputs["input_ids"].shape[1] :].tolist()

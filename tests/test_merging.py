@@ -14,7 +14,9 @@ ratios = st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
 windows = st.integers(1, 7)
 
 
-def clip(shape: tuple[int, int, int], seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def clip(
+    shape: tuple[int, int, int], seed: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
@@ -127,7 +129,12 @@ def test_wrong_types_are_named() -> None:
         merge_mask(torch.zeros(2, 2, 2, dtype=torch.long))
     with pytest.raises(TypeError, match="list"):
         merge_mask([[1.0]])  # type: ignore[arg-type]
-    for ratio, error in ((1.0, ValueError), (-0.1, ValueError), ("a", TypeError), (True, TypeError)):
+    for ratio, error in (
+        (1.0, ValueError),
+        (-0.1, ValueError),
+        ("a", TypeError),
+        (True, TypeError),
+    ):
         with pytest.raises(error, match=r"merge_ratio .* \[0, 1\)"):
             merge_mask(torch.zeros(2, 2, 2), ratio)  # type: ignore[arg-type]
     for window, error in ((0, ValueError), (2.0, TypeError)):

@@ -43,9 +43,7 @@ def question(family: str, sequence: torch.Tensor, tokens: list[int]) -> dict[str
 @families
 @backends
 @pytest.mark.parametrize("prune", [0.0, 0.7])
-def test_a_follow_up_turn_does_not_see_the_future(
-    family: str, backend: str, prune: float
-) -> None:
+def test_a_follow_up_turn_does_not_see_the_future(family: str, backend: str, prune: float) -> None:
     """Changing a question's last token changes no earlier logits."""
     model, inputs = model_of(family, backend), inputs_of(family, *ONE)
     seen = []
@@ -385,7 +383,10 @@ def test_changing_the_attention_implementation_inside_is_refused(family: str) ->
 def test_what_is_refused_before_anything_runs(family: str) -> None:
     model = model_of(family)
     for layer in (5, 6):
-        with untouched(model), pytest.raises(UnsupportedError, match=f"prune_layer={layer} .* 1 to 4"):
+        with (
+            untouched(model),
+            pytest.raises(UnsupportedError, match=f"prune_layer={layer} .* 1 to 4"),
+        ):
             dycoke.apply(model, DyCoke(prune_layer=layer))
     with DyCoke(prune_layer=9, prune_ratio=0)(model):  # nothing to prune, nothing to refuse
         pass
@@ -404,7 +405,9 @@ def test_an_unknown_family_lists_the_known_ones() -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     model = Qwen2ForCausalLM(Qwen2Config(**tiny.TEXT))
-    with pytest.raises(UnsupportedError, match=r"'qwen2' is not known; known: llava_onevision, qwen"):
+    with pytest.raises(
+        UnsupportedError, match=r"'qwen2' is not known; known: llava_onevision, qwen"
+    ):
         dycoke.apply(model, DyCoke())
 
 

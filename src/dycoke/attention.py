@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dycoke.errors import UnsupportedError
@@ -30,7 +31,7 @@ Handler = Callable[[Callable[..., Any], nn.Module, list[Any], dict[str, Any]], A
 class Override:
     """Routes one attention module's calls through a handler, until `restore`."""
 
-    def __init__(self, module: nn.Module, handler: Handler) -> None:
+    def __init__(self, module: Any, handler: Handler) -> None:
         self.module, self.handler = module, handler
         self.config = module.config
         self.inner = _inner_function(module)
@@ -44,7 +45,7 @@ class Override:
     def restore(self) -> None:
         self.module.config = self.config
 
-    def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def call(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """The module's own attention function, seeing the module's own config."""
         # FlashAttention reads module.config._attn_implementation to choose its kernel.
         ours, module.config = module.config, self.config
@@ -54,14 +55,25 @@ class Override:
             module.config = ours
 
 
-def _dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    override: Override = module.config.dycoke_override  # type: ignore[union-attr,assignment]
+def attention_of(layer: Any) -> nn.Module:
+    """The attention module of a decoder layer."""
+    module = getattr(layer, "self_attn", None)
+    if not isinstance(module, nn.Module) or not hasattr(module, "config"):
+        raise UnsupportedError(
+            f"{type(layer).__name__} has no attention module `self_attn` with a config; DyCoke "
+            "cannot prune there; use prune_ratio=0"
+        )
+    return module
+
+
+def _dispatch(module: Any, *args: Any, **kwargs: Any) -> Any:
+    override: Override = module.config.dycoke_override
     return override.handler(override.call, module, list(args), kwargs)
 
 
-def _inner_function(module: nn.Module) -> Callable[..., Any]:
+def _inner_function(module: Any) -> Callable[..., Any]:
     """The attention function this module uses now. "eager" lives beside the module's class."""
-    implementation = module.config._attn_implementation  # type: ignore[union-attr]
+    implementation = module.config._attn_implementation
     if implementation == "flex_attention":
         raise UnsupportedError(
             "FlexAttention's block masks cannot follow rows that move; load the model with "
@@ -111,3 +123,46 @@ def query_scores(
     if key_mask is not None:
         logits = logits.masked_fill(~key_mask[:, None, None], -torch.inf)
     return logits.softmax(-1).mean((1, 2))
+
+
+def native_mask(
+    implementation: str,
+    config: Any,
+    query: Tensor,
+    q_len: int,
+    kv_len: int,
+    key_mask: Tensor | None,
+) -> Any:
+    """A causal mask in the backend's own form (4-D, 2-D or None), made by its own function.
+
+    Parameters
+    ----------
+    implementation : the backend's name.
+    config : the decoder's config.
+    query : Tensor, for its batch, dtype and device.
+    q_len, kv_len : new tokens, and rows that they may see, themselves included.
+    key_mask : Tensor, bool, shape (B, kv_len), or None; False hides a key.
+    """
+    if key_mask is None and q_len == 1:
+        return None
+    make = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(implementation)
+    if make is None:
+        if key_mask is None:
+            return None
+        raise UnsupportedError(
+            f"the attention implementation {implementation!r} has no mask function, and samples "
+            "of different length need a mask; register one, or use batches of 1"
+        )
+    return make(
+        batch_size=query.shape[0],
+        q_length=q_len,
+        kv_length=kv_len,
+        q_offset=kv_len - q_len,
+        kv_offset=0,
+        attention_mask=key_mask,
+        allow_is_causal_skip=True,
+        dtype=query.dtype,
+        config=config,
+        use_vmap=False,
+        device=query.device,
+    )

@@ -41,9 +41,10 @@ class VideoLayer(DynamicLayer):
         super().__init__()
         self.rows = rows
         self.length = 0
+        self.is_initialized = False
         self.buffers: list[Tensor] = []  # keys, values: (B, heads, capacity, D)
 
-    def update(  # type: ignore[override]
+    def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         new, prefill = (key_states, value_states), not self.is_initialized
@@ -156,14 +157,16 @@ class DycokeCache(DynamicCache):
                 "inside the `with` block of the same settings (or use dycoke.apply), or start "
                 "with a new cache"
             )
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        rows: tuple[Tensor, Tensor] = self.layers[layer_idx].update(key_states, value_states)
+        return rows
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.generation.length
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         # Masks place the new queries by it: with the logical length they would see the future.
-        return self.layers[layer_idx].get_seq_length()
+        length: int = self.layers[layer_idx].get_seq_length()
+        return length
 
     @property
     def is_croppable(self) -> bool:
@@ -253,6 +256,23 @@ class DycokeCache(DynamicCache):
         raise UnsupportedError("a DyCoke cache cannot be reset; pass a new DynamicCache()")
 
 
+def check_cache(cache: Any) -> None:
+    """Refuse any cache but a plain `DynamicCache` of full-attention layers."""
+    if type(cache) is not DynamicCache or cache.offloading:
+        offloading = getattr(cache, "offloading", False)
+        kind = "an offloaded cache" if offloading else f"a {type(cache).__name__}"
+        raise UnsupportedError(
+            f"DyCoke takes over the DynamicCache that generate makes, and got {kind}; drop "
+            "cache_implementation and compile settings, or pass past_key_values=DynamicCache()"
+        )
+    others = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
+    if others:
+        raise UnsupportedError(
+            f"this decoder's cache has layers that are not full attention "
+            f"({', '.join(sorted(others))}), which DyCoke does not compress yet"
+        )
+
+
 def adopt(cache: DynamicCache, generation: Generation, prune_layer: int, layers: int) -> None:
     """Turn an empty `DynamicCache` into ours, in place: generate holds a reference to it."""
     cache.layers = [
@@ -261,7 +281,7 @@ def adopt(cache: DynamicCache, generation: Generation, prune_layer: int, layers:
     ]
     cache.layer_class_to_replicate = None
     cache.__class__ = DycokeCache
-    cache.generation = generation  # type: ignore[attr-defined]
+    cache.generation = generation
 
 
 def kv_bytes(cache: Any) -> int:

@@ -15,8 +15,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from dycoke.engine import Engine, engine_of
 from dycoke.checks import check_count, check_number, check_ratio
+from dycoke.engine import Engine, engine_of
 from dycoke.merging import merge_mask, merge_mean
 from dycoke.report import Report
 from dycoke.rows import Visual

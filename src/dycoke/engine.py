@@ -21,15 +21,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from dycoke.attention import Override, query_scores
-from dycoke.cache import DycokeCache, Generation, adopt
+from dycoke.attention import Override, attention_of, native_mask, query_scores
+from dycoke.cache import DycokeCache, Generation, adopt, check_cache
 from dycoke.errors import UnsupportedError
 from dycoke.models import Prompt, VideoSpan, encoded_rows, family_of
 from dycoke.report import Report
-from dycoke.rows import Arrangement, Visual, arrange
+from dycoke.rows import Visual
+from dycoke.shorten import shorten
 from dycoke.tally import IDLE, NO_VIDEO, SampleTrace, Tally, Trace, videos_by_sample
 
 
@@ -108,10 +107,10 @@ class Engine:
                     f"expected a transformers model, got {type(model).__name__} without .{name}"
                 )
         self.model, self.method, self.trace = model, method, trace
-        self.base: nn.Module = model.base_model
-        self.decoder: nn.Module = model.get_decoder()
+        self.base: Any = model.base_model
+        self.decoder: Any = model.get_decoder()
         self.family = family_of(self.base.config)
-        self.implementation = self.decoder.config._attn_implementation  # type: ignore[union-attr]
+        self.implementation = self.decoder.config._attn_implementation
         self.tallies: deque[Tally] = deque(maxlen=100)
         self.step: Step | None = None
         self._local = threading.local()
@@ -141,7 +140,7 @@ class Engine:
             )
 
     def _layers(self) -> Sequence[nn.Module]:
-        layers: Sequence[nn.Module] = self.decoder.layers  # type: ignore[assignment]
+        layers: Sequence[nn.Module] = self.decoder.layers
         return layers
 
     # Installing and removing
@@ -177,9 +176,9 @@ class Engine:
         for i, layer in enumerate(self._layers()):
             # A trace wants the scores even where nothing is pruned.
             if i == min(self.method.prune_layer - 1, last) and (prunes or self.trace):
-                self._overrides.append(Override(_attention(layer), self._scoring))
+                self._overrides.append(Override(attention_of(layer), self._scoring))
             elif prunes and i >= self.method.prune_layer:
-                self._overrides.append(Override(_attention(layer), self._pruning))
+                self._overrides.append(Override(attention_of(layer), self._pruning))
 
     def remove(self) -> None:
         """Restore the model completely. Harmless when called twice."""
@@ -321,38 +320,11 @@ class Engine:
         self, step: Step, spans: list[VideoSpan], inputs: dict[str, Any], several: bool
     ) -> None:
         """Merge, shorten the prompt in ``inputs``, and take over the cache."""
-        method, embeds = self.method, inputs["inputs_embeds"]
-        mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
-        batch, length, _ = embeds.shape
-        device = embeds.device
+        method = self.method
+        batch, length, _ = inputs["inputs_embeds"].shape
         cache = self._checked_cache(inputs)
-        self._check_unchanged(mask)
-
-        keep = torch.ones(batch, length, dtype=torch.bool, device=device)
-        visual = torch.zeros_like(keep)
-        masks = []
-        for span in spans:
-            places = span.positions.to(device)
-            features = embeds[span.sample, places]
-            merged, kept = method.merge_tokens(features)
-            if merged is not features:
-                embeds = embeds.clone() if embeds is inputs["inputs_embeds"] else embeds
-                embeds[span.sample, places] = merged
-            keep[span.sample, places.flatten()] = kept.flatten()
-            visual[span.sample, places.flatten()] = kept.flatten()
-            masks.append(kept)
-        rows = arrange(keep, visual, mask, method.prune_ratio)
-
-        inputs["inputs_embeds"] = embeds[torch.arange(batch, device=device)[:, None], rows.source]
-        key_mask = rows.plain.key_mask(mask, rows.source.shape[1], device, decode=False)
-        if key_mask is None and cache is None:
-            # Gaps in the positions of a prompt without mask and cache read as packed sequences.
-            key_mask = torch.ones_like(rows.source)
-        inputs["attention_mask"] = key_mask
-        if position_ids is None:
-            # Stated, since the decoder would number the shortened prompt through.
-            position_ids = torch.arange(length, device=device)[None]
-        inputs["position_ids"] = self._prompt_positions(position_ids, rows)
+        self._check_unchanged(inputs.get("attention_mask"))
+        rows, masks = shorten(inputs, spans, method, cached=cache is not None)
 
         if not self._continues(step, cache, several=False):
             counts = torch.stack([kept.sum() for kept in masks]).tolist()
@@ -377,7 +349,7 @@ class Engine:
             )
             adopt(cache, generation, method.prune_layer, len(self._layers()))
             inputs["past_key_values"] = cache
-            step.cache, step.prefill = cache, True  # type: ignore[assignment]
+            step.cache, step.prefill = cache, True
 
     def _checked_cache(self, inputs: dict[str, Any]) -> DynamicCache | None:
         """The empty `DynamicCache` to take over; None without a cache; else an error."""
@@ -385,32 +357,20 @@ class Engine:
         if cache is None:
             use_cache = inputs.get("use_cache")
             if use_cache is None:
-                use_cache = self.decoder.config.use_cache  # type: ignore[union-attr]
+                use_cache = self.decoder.config.use_cache
             if use_cache:
-                return DynamicCache(config=self.decoder.config)  # type: ignore[arg-type]
+                return DynamicCache(config=self.decoder.config)
             if self.method.prune_ratio > 0:
                 raise UnsupportedError(
                     f"prune_ratio={self.method.prune_ratio} chooses rows of the KV cache, and "
                     "use_cache=False has none; drop use_cache=False, or use prune_ratio=0"
                 )
             return None
-        if type(cache) is not DynamicCache or cache.offloading:
-            offloading = getattr(cache, "offloading", False)
-            kind = "an offloaded cache" if offloading else f"a {type(cache).__name__}"
-            raise UnsupportedError(
-                f"DyCoke takes over the DynamicCache that generate makes, and got {kind}; drop "
-                "cache_implementation and compile settings, or pass past_key_values=DynamicCache()"
-            )
-        others = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
-        if others:
-            raise UnsupportedError(
-                f"this decoder's cache has layers that are not full attention "
-                f"({', '.join(sorted(others))}), which DyCoke does not compress yet"
-            )
+        check_cache(cache)
         return cache
 
     def _check_unchanged(self, mask: Any) -> None:
-        now = self.decoder.config._attn_implementation  # type: ignore[union-attr]
+        now = self.decoder.config._attn_implementation
         if now != self.implementation:
             raise UnsupportedError(
                 f"the attention implementation changed from {self.implementation!r} to {now!r} "
@@ -422,15 +382,6 @@ class Engine:
                 f"DyCoke needs the 2-D attention mask of the prompt and got {shape}; pass the "
                 "processor's attention_mask, and no static or compiled cache"
             )
-
-    def _prompt_positions(self, position_ids: Tensor, rows: Arrangement) -> Tensor:
-        """Positions of the rows that stay: (..., B, S) -> (..., B, R)."""
-        batch = rows.source.shape[0]
-        position_ids = position_ids.expand(*position_ids.shape[:-2], batch, -1)
-        if self.method.positions == "compact":
-            position_ids = position_ids - rows.dropped.to(position_ids.device)
-        source = rows.source.to(position_ids.device)
-        return position_ids.gather(-1, source.expand(*position_ids.shape[:-1], -1))
 
     def _go_on(self, step: Step, cache: DycokeCache, inputs: dict[str, Any], several: bool) -> None:
         """A decode step, or the forward of a new turn, on a cache of ours."""
@@ -515,51 +466,16 @@ class Engine:
             total = cache.layers[0].get_seq_length()
             keys = rows.key_mask(step.attention_mask, total, query.device, step.decode)
             length = total - rows.start if step.decode else total
-            step.pruned_masks[query.device] = self._native_mask(query, step.length, length, keys)
-        return step.pruned_masks[query.device]
-
-    def _native_mask(self, query: Tensor, q_len: int, length: int, keys: Tensor | None) -> Any:
-        """A causal mask in the form of the backend: 4-D, 2-D or None, made by its own function."""
-        if keys is None and q_len == 1:
-            return None
-        make = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(self.implementation)
-        if make is None:
-            if keys is None:
-                return None
-            raise UnsupportedError(
-                f"the attention implementation {self.implementation!r} has no mask function, and "
-                "samples of different length need a mask; register one, or use batches of 1"
+            step.pruned_masks[query.device] = native_mask(
+                self.implementation, self.decoder.config, query, step.length, length, keys
             )
-        return make(
-            batch_size=query.shape[0],
-            q_length=q_len,
-            kv_length=length,
-            q_offset=length - q_len,
-            kv_offset=0,
-            attention_mask=keys,
-            allow_is_causal_skip=True,
-            dtype=query.dtype,
-            config=self.decoder.config,
-            use_vmap=False,
-            device=query.device,
-        )
+        return step.pruned_masks[query.device]
 
 
 ASSISTED = (
     "assisted and prompt-lookup decoding check several tokens in one forward, which attends to "
     "everything: with prune_ratio > 0 the answer would differ; use prune_ratio=0, or decode plainly"
 )
-
-
-def _attention(layer: nn.Module) -> nn.Module:
-    """The attention module of a decoder layer."""
-    module = getattr(layer, "self_attn", None)
-    if not isinstance(module, nn.Module) or not hasattr(module, "config"):
-        raise UnsupportedError(
-            f"{type(layer).__name__} has no attention module `self_attn` with a config; DyCoke "
-            "cannot prune there; use prune_ratio=0"
-        )
-    return module
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -106,9 +106,7 @@ def test_compact_positions_equal_the_oracle(seed: int, K: float, P: float) -> No
     family = "llava_onevision"
     inputs = inputs_of(family, [[7]], [(5, 7)], seed)
     expected = cached_oracle(family, seed, 7, K, P, compact=True)
-    output, run = compressed(
-        model_of(family, seed=seed), settings_of(K, P, compact=True), inputs
-    )
+    output, run = compressed(model_of(family, seed=seed), settings_of(K, P, compact=True), inputs)
     check(expected, output, inputs, run.report)
 
 
@@ -168,9 +166,7 @@ def test_a_left_padded_batch_equals_each_sample_alone(
 @families
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("K", "P"), RATIOS)
-def test_a_follow_up_turn_equals_the_oracle(
-    family: str, backend: str, K: float, P: float
-) -> None:
+def test_a_follow_up_turn_equals_the_oracle(family: str, backend: str, K: float, P: float) -> None:
     """The returned cache goes into the next generate, which sees the whole kept video again."""
     seed = 7
     inputs = inputs_of(family, [[7]], [(5, 7)], seed)

@@ -17,6 +17,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dycoke.errors import UnsupportedError
@@ -91,7 +92,7 @@ class Prompt:
                 f"{sum(rows)}: it was cut or built by hand; pass the processor's output unchanged"
             )
         videos = []
-        for video in places.split(list(rows)):
+        for video in torch.split(places, list(rows)):
             sample = int(video[0, 0])
             if int(video[-1, 0]) != sample:
                 raise UnsupportedError(

@@ -57,7 +57,7 @@ class Stage:
 STAGES = (
     Stage("sight", (4, 4), 12, 8, 0, 0.97, 0.08, sees=True),
     Stage("one", (1, 1), 4, 16, 4, 0.85, 0.2, sees=True),
-    Stage("two", (1, 2), 8, 12, 6, 0.85, 0.2, sees=False),
+    Stage("two", (1, 2), 8, 12, 6, 0.85, 0.2, sees=True),
     Stage("all", (1, 4), 16, 8, 8, 2.0, 1.0, sees=False),
 )
 
@@ -220,7 +220,11 @@ class Trainer:
         return STAGES[self.done.stage]
 
     def _optimisers(self) -> list[torch.optim.Optimizer]:
-        """Muon for the decoder's matrices, AdamW for everything else."""
+        """Muon for the layers' matrices, AdamW for everything else."""
+        if not hasattr(torch.optim, "Muon"):
+            raise RuntimeError(
+                f"training nano needs torch 2.9 or newer, this is {torch.__version__}"
+            )
         matrices, others, steady = [], [], []
         for name, weight in [*self.model.named_parameters(), *self.head.named_parameters()]:
             if ".layers." in name and weight.ndim == 2:
@@ -229,18 +233,11 @@ class Trainer:
                 others.append(weight)
             else:
                 steady.append(weight)
-        rate = self.args.rate
-        muon = torch.optim.Muon(
-            matrices, lr=2 * rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
-        )
+        muon = torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
         adam = torch.optim.AdamW(
             [{"params": others, "weight_decay": 0.05}, {"params": steady, "weight_decay": 0.0}],
-            lr=rate,
             betas=(0.9, 0.98),
         )
-        for optimiser in (muon, adam):
-            for group in optimiser.param_groups:
-                group["peak"] = group["lr"]
         return [muon, adam]
 
     def _load(self) -> None:
@@ -293,9 +290,9 @@ class Trainer:
         warm = min(1.0, (self.done.step - self.done.stage_step + 1) / 30)
         left = 1 - self.done.seconds / (60 * self.args.minutes)
         factor = warm * max(0.01, min(1.0, left / self.args.decay))
-        for optimiser in self.optimisers:
+        for optimiser, times in zip(self.optimisers, (2, 1), strict=True):
             for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * factor
+                group["lr"] = times * self.args.rate * factor
 
     def step(self) -> float:
         """One step of the current stage; its loss."""
@@ -305,7 +302,11 @@ class Trainer:
         self.model.model.vision_tower.requires_grad_(self.stage.sees)
         self.set_rate()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=not self.args.float32):
-            loss = self._see(told) if self.stage.name == "sight" else self._tell(told)
+            loss = (
+                self._sight(self._features(told), told)
+                if self.stage.name == "sight"
+                else self._tell(told)
+            )
         loss.backward()  # type: ignore[no-untyped-call]
         parameters = [p for o in self.optimisers for g in o.param_groups for p in g["params"]]
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -316,30 +317,45 @@ class Trainer:
         self.done.stories += self.stage.batch
         return float(loss.detach())
 
-    def _look(self, told: list[stories.Story]) -> tuple[Tensor, ...]:
+    def _features(self, told: list[stories.Story]) -> Tensor:
+        """Visual tokens as the decoder gets them, without the newline: (B*F*N, D)."""
         pixels = self.reader.pixels(told)
-        features = self.model.model.get_video_features(pixels).pooler_output[:, :-1]
-        guess: Tensor = self.head(features.flatten(0, 1)).float()
+        features: Tensor = self.model.model.get_video_features(pixels).pooler_output
+        return features[:, :-1].flatten(0, 1)
+
+    def _name(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Colour, shape and place that the throw-away head reads from each visual token."""
+        guess: Tensor = self.head(features).float()
         return torch.split(guess, self.split, -1)
 
-    def _see(self, told: list[stories.Story]) -> Tensor:
-        colour, shape, where = self._look(told)
+    def _sight(self, features: Tensor, told: list[stories.Story]) -> Tensor:
+        """Loss of the throw-away head."""
+        colour, shape, where = self._name(features)
         kind, place = (target.to(self.device) for target in sight_targets(told))
         something = (kind[:, :1] > 0).float()
         weight = something[:, 0] + 0.2  # most tokens show nothing
         named = functional.cross_entropy(colour, kind[:, 0], reduction="none")
         named = named + functional.cross_entropy(shape, kind[:, 1], reduction="none")
-        placed = (functional.smooth_l1_loss(where, place, reduction="none") * something).sum(-1)
-        return ((named + 2 * placed) * weight).sum() / weight.sum()
+        placed = functional.smooth_l1_loss(where, place, reduction="none") * something
+        return ((named + 2 * placed.sum(-1)) * weight).sum() / weight.sum()
 
     def _tell(self, told: list[stories.Story]) -> Tensor:
+        """Loss of the answers, and of the head for as long as the vision tower learns."""
         rng = np.random.default_rng([self.args.seed, self.done.stories])
         inputs = self.reader.batch(told, self.stage.asked, rng)
         labels = inputs.pop("labels")
+        seen: list[Tensor] = []
+        projector = self.model.model.multi_modal_projector
+        hook = projector.register_forward_hook(lambda module, given, made: seen.append(made))
         hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
+        hook.remove()
         answer = labels[:, 1:] != -100
         logits = self.model.lm_head(hidden[:, :-1][answer]).float()
-        return functional.cross_entropy(logits, labels[:, 1:][answer])
+        loss = functional.cross_entropy(logits, labels[:, 1:][answer])
+        if self.stage.sees:
+            pooled = self.model.model.apply_pooling(seen[0]).flatten(0, 1)
+            loss = loss + 0.3 * self._sight(pooled, told)
+        return loss
 
     @torch.no_grad()
     def validate(self, count: int) -> dict[str, float]:
@@ -349,7 +365,7 @@ class Trainer:
         self.model.set_attn_implementation("sdpa")
         if self.stage.name == "sight":
             kind, place = (target.to(self.device) for target in sight_targets(told))
-            colour, shape, where = self._look(told)
+            colour, shape, where = self._name(self._features(told))
             something = kind[:, 0] > 0
             off = (where - place)[something][:, :2].norm(dim=-1).mean() * CELL
             found = (colour.argmax(-1) > 0) == something
@@ -406,13 +422,12 @@ class Trainer:
     @torch.no_grad()
     def _settle_sight(self) -> None:
         """Bring the visual features to the size at which the decoder reads most easily."""
-        features = self.model.model.get_video_features(
-            self.reader.pixels(self.draw("train", 0, 4))
-        ).pooler_output
+        features = self._features(self.draw("train", 0, 4))
         scale = 0.5 / features.square().mean().sqrt()
         last = self.model.model.multi_modal_projector.linear_2
         last.weight.mul_(scale)
         last.bias.mul_(scale)
+        self.head.weight.div_(scale)
 
 
 @torch.no_grad()
@@ -505,7 +520,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all")
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate of AdamW")
+    parser.add_argument(
+        "--rate", type=float, default=2e-3, help="peak learning rate of AdamW; twice that for Muon"
+    )
     parser.add_argument("--decay", type=float, default=0.25, help="last share of the time")
     parser.add_argument("--every", type=float, default=120, help="seconds between reports")
     parser.add_argument("--validate", type=int, default=32, help="held-out stories per report")

@@ -1,0 +1,330 @@
+"""The ``dycoke`` command. Thin: picks defaults, shows results; each command imports its own needs.
+
+stdout carries the result, stderr everything else. Exit codes: 0 right, 2 bad input or usage (one
+line on stderr), 1 a fault of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from dycoke.assistant import Answer, Assistant
+    from dycoke.compressor import Compressor
+    from dycoke.video import Video
+
+app = typer.Typer(
+    name="dycoke",
+    help="Fast video large language models without training.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+# Newer typer carries its own copy of click, so the class is taken from where typer has it.
+UsageProblem: type[Any] = next(
+    c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
+)
+
+
+class BadInput(Exception):
+    """Something the user can mend: one line on stderr, exit code 2."""
+
+
+def main() -> None:
+    """Entry point: maps every outcome to an exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.Exit as error:
+        code = error.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        code = _say("interrupted", 130)
+    except UsageProblem as error:
+        code = _say(f"{error.format_message()} (see dycoke --help)", 2)
+    except BadInput as error:
+        code = _say(str(error), 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(message: str, code: int) -> int:
+    line = " ".join(message.split())  # one line, whatever a library's message looks like
+    err.print(f"dycoke: {line}", soft_wrap=True, markup=False)
+    return code
+
+
+def _version(value: bool) -> None:
+    if value:
+        from dycoke import __version__
+
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Fast video large language models without training."""
+    if context.invoked_subcommand is None:
+        out.print(context.get_help(), markup=False)
+
+
+@app.command()
+def run(
+    video: Annotated[Path, typer.Argument(help="A video file.", show_default=False)],
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="What to ask about the video.")
+    ] = "Describe what happens in this video.",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Directory or hub id of a checkpoint [default: the embedded nano model]"),
+    ] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames to sample.")] = 32,
+    merge_ratio: Annotated[
+        float, typer.Option(help="Share of a non-anchor frame's tokens to merge, [0, 1).")
+    ] = 0.7,
+    prune_ratio: Annotated[
+        float, typer.Option(help="Share of visual tokens a decode step leaves out, [0, 1).")
+    ] = 0.7,
+    prune_layer: Annotated[int, typer.Option(help="First decoder layer that leaves them out.")] = 3,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also run without compression, and compare.")
+    ] = False,
+    no_compress: Annotated[
+        bool, typer.Option("--no-compress", help="Run the model as it is.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the answer.")] = 128,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cuda:1, mps, cpu [default: the best there is]")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16 [default: by device]")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one line of JSON on stdout, and nothing else.")
+    ] = False,
+) -> None:
+    """Ask a video LLM about a video, with DyCoke."""
+    if compare and no_compress:
+        raise BadInput("--compare and --no-compress exclude each other; drop one")
+    from dycoke.compressor import DyCoke
+
+    try:
+        settings = DyCoke(merge_ratio, prune_ratio, prune_layer)
+    except (TypeError, ValueError) as error:
+        raise BadInput(str(error)) from None
+    session = _Session(video, prompt, model, frames, max_new_tokens, device, dtype, as_json)
+    full = session.ask(None) if compare or no_compress else None
+    ours = None if no_compress else session.ask(settings)
+    if as_json:
+        result = _as_dict(ours or full)
+        if compare:
+            result["full"] = _as_dict(full)
+        # Not through rich, which would wrap it.
+        print(json.dumps(result))
+    elif ours is not None:
+        out.print(_table(ours, full))
+    else:
+        out.print(_table(full, None))
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(help="Which story to render.")] = 0,
+) -> None:
+    """Render a short clip, write it to a file, and ask the embedded model about it."""
+    import tempfile
+
+    from dycoke.nano import stories
+
+    story = stories.make("seen", seed)
+    with tempfile.TemporaryDirectory() as folder:
+        clip = Path(folder) / "story.mp4"
+        stories.write(story, clip)
+        err.print(
+            f"rendered a story ({clip.stat().st_size // 1024} KiB): {stories.describe(story)}"
+        )
+        run(clip, prompt=stories.DESCRIBE[0], frames=16, compare=True)
+
+
+@app.command()
+def flops() -> None:
+    """Print the FLOPs of the paper's models and settings, beside the paper's own figures."""
+    from dycoke import costs
+
+    table = Table(title="LLaVA-OneVision, TFLOPs (paper's figure): 32 frames x 196 tokens, 100 new")
+    table.add_column("size", no_wrap=True)
+    for name in costs.PAPER_SETTINGS:
+        table.add_column(name, justify="right")
+    for size, shape in costs.PAPER_SHAPES.items():
+        row = []
+        for name, (merge, prune) in costs.PAPER_SETTINGS.items():
+            total = costs.flops(
+                costs.PAPER_TOKENS,
+                shape.hidden_size,
+                shape.intermediate_size,
+                shape.num_layers,
+                retention=costs.nominal_retention(merge),
+                prune_ratio=prune,
+            ).total
+            paper = costs.PAPER_TFLOPS[size].get(name)
+            row.append(f"{total / 1e12:.1f} ({'-' if paper is None else paper})")
+        table.add_row(size, *row)
+    out.print(table)
+
+
+class _Session:
+    """One model, one clip, one question; asked once or twice."""
+
+    def __init__(
+        self,
+        video: Path,
+        prompt: str,
+        model: str | None,
+        frames: int,
+        max_new_tokens: int,
+        device: str | None,
+        dtype: str | None,
+        quiet: bool,
+    ) -> None:
+        self.prompt, self.max_new_tokens, self.quiet = prompt, max_new_tokens, quiet
+        # Before the model: a file that cannot be read should be said at once.
+        self.video, self.video_s = self._read(video, frames)
+        self.assistant = self._load(model, device, dtype)
+
+    def _read(self, path: Path, frames: int) -> tuple[Video, float]:
+        import time
+
+        from dycoke.video import VideoError, read
+
+        began = time.perf_counter()
+        with err.status("decoding frames") as status:
+            try:
+                clip = read(
+                    path, frames, lambda done, of: status.update(f"decoding frames: {done}/{of}")
+                )
+            except VideoError as error:
+                raise BadInput(str(error)) from None
+        return clip, time.perf_counter() - began
+
+    def _load(self, model: str | None, device: str | None, dtype: str | None) -> Assistant:
+        if model is not None and not Path(model).is_dir() and _looks_like_a_path(model):
+            raise BadInput(f"no model at {model}: there is no such directory")
+        with err.status("loading the model"):
+            from transformers.utils import logging
+
+            from dycoke import nano
+            from dycoke.assistant import Assistant
+
+            logging.disable_progress_bar()
+            if model is None and not nano.is_trained():
+                err.print(
+                    "note: the embedded model has random weights for now, so its words mean "
+                    "nothing; name a real one with --model"
+                )
+            try:
+                return Assistant.load(model, device, dtype)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise BadInput(f"cannot load the model {model!r}: {error}") from None
+
+    def ask(self, compressor: Compressor | None) -> Answer:
+        from dycoke.errors import UnsupportedError
+
+        name = "full" if compressor is None else "DyCoke"
+        with err.status(f"{name}: encoding {len(self.video.frames)} frames") as status:
+            started = False
+
+            def show(text: str) -> None:
+                nonlocal started
+                if not started:
+                    started = True
+                    status.stop()
+                    out.print(f"[bold]{name}:[/bold] ", end="")
+                out.print(text, end="", markup=False, soft_wrap=True)
+
+            try:
+                answer = self.assistant.ask(
+                    self.video,
+                    self.prompt,
+                    compressor,
+                    max_new_tokens=self.max_new_tokens,
+                    on_text=None if self.quiet else show,
+                )
+            except UnsupportedError as error:
+                raise BadInput(str(error)) from None
+        if started:
+            out.print()
+        answer.timings.video_s += self.video_s
+        answer.timings.total_s += self.video_s
+        return answer
+
+
+def _looks_like_a_path(model: str) -> bool:
+    """Hub ids are "name" or "owner/name"."""
+    return model.startswith(("/", ".", "~")) or model.count("/") > 1
+
+
+def _as_dict(answer: Answer | None) -> dict[str, Any]:
+    assert answer is not None
+    return {
+        "text": answer.text,
+        "report": None if answer.report is None else answer.report.to_dict(),
+        "timings": answer.timings.to_dict(),
+    }
+
+
+def _table(answer: Answer | None, full: Answer | None) -> Table:
+    """The report and the times; beside those of the full model, where there are such."""
+    assert answer is not None
+    table = Table(title="DyCoke" if answer.report else "without compression")
+    table.add_column()
+    if full is not None:
+        table.add_column("full", justify="right")
+    table.add_column("DyCoke" if answer.report else "full", justify="right")
+    if full is not None:
+        table.add_column("ratio", justify="right")
+
+    def line(name: str, ours: float, whole: float, form: Any) -> None:
+        cells = [form(ours)]
+        if full is not None:
+            ratio = f"{whole / ours:.2f}x" if ours else "-"
+            cells = [form(whole), form(ours), ratio]
+        table.add_row(name, *cells)
+
+    report = answer.report
+    if report is not None:
+        visual = sum(s.visual_tokens for s in report.samples)
+        kept = sum(s.kept_tokens for s in report.samples)
+        active = sum(s.active_tokens for s in report.samples)
+        line("visual tokens prefilled", kept, visual, str)
+        line("visual tokens attended", active, visual, str)
+        line("KV cache, KiB", report.kv_bytes / 1024, report.kv_bytes_full / 1024, "{:.0f}".format)
+        if full is None:
+            table.add_row("of visual tokens", str(visual))
+            table.add_row("refreshes", str(sum(s.refreshes for s in report.samples)))
+            table.add_row("tokens recalled", str(sum(s.recalled_tokens for s in report.samples)))
+        if report.reason:
+            table.caption = f"not compressed: {report.reason}"
+    for name, key in (
+        ("video decoding, s", "video_s"),
+        ("vision encoder, s", "vision_s"),
+        ("compression, s", "compress_s"),
+        ("prefill, s", "prefill_s"),
+        ("time to first token, s", "ttft_s"),
+        ("time per token, s", "per_token_s"),
+        ("total, s", "total_s"),
+    ):
+        whole = 0.0 if full is None else getattr(full.timings, key)
+        line(name, getattr(answer.timings, key), whole, "{:.3f}".format)
+    return table

@@ -1,0 +1,80 @@
+"""Drop merged rows from what the decoder is about to receive at prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dycoke.models import VideoSpan
+from dycoke.rows import Arrangement, arrange
+
+
+class Merger(Protocol):
+    """The part of a method that works before the LLM."""
+
+    prune_ratio: float
+    positions: str
+
+    def merge_tokens(self, features: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def shorten(
+    inputs: dict[str, Any], spans: Sequence[VideoSpan], method: Merger, cached: bool
+) -> tuple[Arrangement, list[Tensor]]:
+    """Merge each video's tokens and keep only the rows that stay.
+
+    Parameters
+    ----------
+    inputs : the decoder's arguments, changed in place: inputs_embeds (B, S, D) becomes (B, R, D),
+        position_ids (..., B, S) becomes (..., B, R), attention_mask (B, S) becomes (B, R) or None.
+    spans : where the videos are.
+    method : what decides.
+    cached : whether the decoder will have a cache.
+
+    Returns
+    -------
+    rows : Arrangement
+    masks : list of Tensor, bool, (F, N): per span, the tokens that stayed.
+    """
+    embeds, mask = inputs["inputs_embeds"], inputs.get("attention_mask")
+    batch, length, _ = embeds.shape
+    device = embeds.device
+    keep = torch.ones(batch, length, dtype=torch.bool, device=device)
+    visual = torch.zeros_like(keep)
+    masks = []
+    for span in spans:
+        places = span.positions.to(device)
+        features = embeds[span.sample, places]
+        merged, kept = method.merge_tokens(features)
+        if merged is not features:
+            embeds = embeds.clone() if embeds is inputs["inputs_embeds"] else embeds
+            embeds[span.sample, places] = merged
+        keep[span.sample, places.flatten()] = kept.flatten()
+        visual[span.sample, places.flatten()] = kept.flatten()
+        masks.append(kept)
+    rows = arrange(keep, visual, mask, method.prune_ratio)
+
+    position_ids = inputs.get("position_ids")
+    if position_ids is None:
+        # Stated, since the decoder would number the shortened prompt through.
+        position_ids = torch.arange(length, device=device)[None]
+    inputs["position_ids"] = _positions(position_ids, rows, method.positions == "compact")
+    inputs["inputs_embeds"] = embeds[torch.arange(batch, device=device)[:, None], rows.source]
+    key_mask = rows.plain.key_mask(mask, rows.source.shape[1], device, decode=False)
+    if key_mask is None and not cached:
+        # Gaps in the positions of a prompt without mask and cache read as packed sequences.
+        key_mask = torch.ones_like(rows.source)
+    inputs["attention_mask"] = key_mask
+    return rows, masks
+
+
+def _positions(position_ids: Tensor, rows: Arrangement, compact: bool) -> Tensor:
+    """Positions of the rows that stay: (..., B or 1, S) -> (..., B, R)."""
+    position_ids = position_ids.expand(*position_ids.shape[:-2], len(rows.source), -1)
+    if compact:
+        position_ids = position_ids - rows.dropped.to(position_ids.device)
+    source = rows.source.to(position_ids.device)
+    return position_ids.gather(-1, source.expand(*position_ids.shape[:-1], -1))
