@@ -6,10 +6,16 @@
 >>> print(run.report)
 """
 
-from dycoke.compressor import Compressor, DyCoke, Run, apply, remove
-from dycoke.errors import UnsupportedError
-from dycoke.models import VideoSpan
-from dycoke.report import Report
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dycoke.compressor import Compressor, DyCoke, Run, apply, remove
+    from dycoke.errors import UnsupportedError
+    from dycoke.models import VideoSpan
+    from dycoke.report import Report
 
 __version__ = "0.1.0"
 
@@ -24,3 +30,28 @@ __all__ = [
     "apply",
     "remove",
 ]
+
+# Loaded on first use: `dycoke --help` should not wait for torch and transformers.
+_HOMES = {
+    "Compressor": "compressor",
+    "DyCoke": "compressor",
+    "Run": "compressor",
+    "apply": "compressor",
+    "remove": "compressor",
+    "UnsupportedError": "errors",
+    "VideoSpan": "models",
+    "Report": "report",
+}
+_ROOMS = {"assistant", "costs", "merging", "models", "nano", "selection", "video"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"dycoke.{_HOMES[name]}"), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"dycoke.{name}")
+    raise AttributeError(f"module 'dycoke' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})

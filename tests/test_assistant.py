@@ -1,0 +1,99 @@
+"""From a file to an answer, on tiny checkpoints loaded as real ones are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import clips
+import pytest
+import torch
+from support import untouched
+
+from dycoke import DyCoke
+from dycoke.assistant import Assistant, best_dtype
+from dycoke.video import VideoError, read
+
+FRAMES = 20
+every = pytest.mark.parametrize("family", checkpoints.CHECKPOINTS)
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: Any) -> Any:
+    loaded: dict[str, Assistant] = {}
+
+    def get(family: str) -> Assistant:
+        if family not in loaded:
+            folder = checkpoints.CHECKPOINTS[family](tmp_path_factory.mktemp("checkpoints"))
+            loaded[family] = Assistant.load(folder, device="cpu")
+        return loaded[family]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: Any) -> Path:
+    return clips.render(tmp_path_factory.mktemp("clips") / "clip.mp4", FRAMES)
+
+
+@every
+def test_the_answer_is_that_of_the_users_own_call(family: str, load: Any, clip: Path) -> None:
+    assistant = load(family)
+    video = read(clip, 9)
+    with untouched(assistant.model):
+        answer = assistant.ask(video, "what happens", DyCoke(), max_new_tokens=6)
+    inputs = assistant.prepare(video, "what happens")
+    with DyCoke()(assistant.model) as run:
+        ids = assistant.model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    text = assistant.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+    assert answer.text == text
+    assert answer.report == run.report
+    assert answer.report is not None and answer.report.engaged
+    frames = answer.report.samples[0].frames
+    assert frames == (9 if family == "llava_onevision" else 5)  # Qwen fuses two frames in one
+
+
+@every
+def test_pieces_arrive_as_they_come(family: str, load: Any, clip: Path) -> None:
+    pieces: list[str] = []
+    answer = load(family).ask(
+        clip, "what happens", DyCoke(), frames=5, max_new_tokens=8, on_text=pieces.append
+    )
+    assert "".join(pieces).strip() == answer.text
+
+
+@every
+def test_stages_are_timed_apart(family: str, load: Any, clip: Path) -> None:
+    for compressor in (None, DyCoke()):
+        answer = load(family).ask(clip, "what happens", compressor, frames=5, max_new_tokens=4)
+        t = answer.timings
+        stages = (t.video_s, t.vision_s, t.prefill_s, t.per_token_s)
+        assert all(stage > 0 for stage in stages)
+        assert t.ttft_s == t.vision_s + t.compress_s + t.prefill_s
+        assert t.total_s > t.video_s + t.ttft_s
+        assert (answer.report is None) == (compressor is None)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 5, 7, 33])
+@every
+def test_frame_counts(family: str, frames: int, load: Any, clip: Path) -> None:
+    answer = load(family).ask(clip, "what happens", DyCoke(), frames=frames, max_new_tokens=3)
+    assert answer.report is not None
+    taken = min(frames, FRAMES)
+    expected = taken if family == "llava_onevision" else -(-taken // 2)
+    assert answer.report.samples[0].frames == expected
+
+
+def test_devices_and_dtypes() -> None:
+    assert best_dtype("cpu") == torch.float32
+    assert best_dtype("mps") == torch.float16
+    assert Assistant.load(dtype="bfloat16", device="cpu").model.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="unknown dtype 'float99'"):
+        Assistant.load(dtype="float99", device="cpu")
+
+
+def test_errors_come_through(load: Any, tmp_path: Path) -> None:
+    with pytest.raises(VideoError, match=r"none\.mp4"):
+        load("llava_onevision").ask(tmp_path / "none.mp4", "what happens")

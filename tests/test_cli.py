@@ -1,0 +1,233 @@
+"""The command as a user meets it: output, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import clips
+import pytest
+
+import dycoke
+from dycoke import cli
+
+VIDEOS = Path(__file__).parents[2] / "shared" / "videos"
+CLIPS = sorted(p.name for p in VIDEOS.glob("*.m*") if p.suffix != ".md")
+TIMINGS = [
+    "video_s",
+    "vision_s",
+    "compress_s",
+    "prefill_s",
+    "ttft_s",
+    "per_token_s",
+    "total_s",
+]
+REPORT = [
+    "engaged",
+    "reason",
+    "settings",
+    "kv_bytes",
+    "kv_bytes_full",
+    "decode_steps",
+    "retention",
+    "final_retention",
+    "samples",
+]
+
+
+@pytest.fixture
+def run(monkeypatch: Any, capsys: Any) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process: (exit code, stdout, stderr)."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dycoke", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: Any) -> Path:
+    return clips.render(tmp_path_factory.mktemp("clips") / "clip.mp4", 20)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: Any) -> Path:
+    return checkpoints.qwen2_5_vl(tmp_path_factory.mktemp("checkpoints"))
+
+
+def test_json_is_one_line_with_the_promised_fields(run: Any, clip: Path) -> None:
+    code, out, _ = run("run", clip, "--prompt", "what happens", "--frames", 9,
+                       "--max-new-tokens", 5, "--json")  # fmt: skip
+    assert code == 0
+    assert out.count("\n") == 1 and out.endswith("\n")
+    result = json.loads(out)
+    assert list(result) == ["text", "report", "timings"]
+    assert list(result["timings"]) == TIMINGS
+    assert list(result["report"]) == REPORT
+    sample = result["report"]["samples"][0]
+    assert sample["videos"] == [
+        {"frames": 9, "tokens_per_frame": 36, "visual_tokens": 324, "kept_tokens": 168}
+    ]
+    assert (sample["kept_tokens"], sample["active_tokens"]) == (3 * 36 + 6 * 10, 50)
+    assert result["report"]["engaged"] is True
+    assert result["report"]["settings"] == dycoke.DyCoke().to_dict()
+
+
+def test_compare_gives_both(run: Any, clip: Path) -> None:
+    args = ("run", clip, "--frames", 9, "--max-new-tokens", 5, "--compare")
+    code, out, _ = run(*args, "--json")
+    result = json.loads(out)
+    assert code == 0 and out.count("\n") == 1
+    assert list(result) == ["text", "report", "timings", "full"]
+    assert list(result["full"]) == ["text", "report", "timings"]
+    assert result["full"]["report"] is None
+    assert list(result["full"]["timings"]) == TIMINGS
+    code, out, _ = run(*args)
+    assert code == 0
+    for word in ("full:", "DyCoke:", "ratio", "visual tokens attended", "KV cache", "prefill"):
+        assert word in out
+
+
+def test_no_compress_is_plain(run: Any, clip: Path) -> None:
+    args = ("run", clip, "--frames", 5, "--max-new-tokens", 5, "--json")
+    plain = json.loads(run(*args, "--no-compress")[1])
+    zero = json.loads(run(*args, "--merge-ratio", 0, "--prune-ratio", 0)[1])
+    assert plain["report"] is None
+    assert plain["text"] == zero["text"]
+    assert zero["report"]["engaged"] is False
+
+
+def test_another_model_by_directory(run: Any, clip: Path, qwen: Path) -> None:
+    code, out, err = run(
+        "run", clip, "--model", qwen, "--frames", 8, "--max-new-tokens", 4, "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["report"]["samples"][0]["frames"] == 4
+    assert "random weights" not in err
+
+
+def test_the_text_and_the_table_go_to_stdout(run: Any, clip: Path) -> None:
+    code, out, err = run("run", clip, "--frames", 5, "--max-new-tokens", 5)
+    assert code == 0
+    assert "DyCoke:" in out and "refreshes" in out and "time to first token" in out
+    if not cli_has_trained_model():
+        assert "words mean nothing" in " ".join(err.split())
+
+
+def cli_has_trained_model() -> bool:
+    from dycoke import nano
+
+    return nano.is_trained()
+
+
+def test_the_flops_table(run: Any) -> None:
+    code, out, _ = run("flops")
+    assert code == 0
+    for figure in ("41.4 (41.4)", "24.2 (24.1)", "17.9 (17.9)", "197.2 (195.1)", "1.3 (1.2)"):
+        assert figure in out
+
+
+def test_version_and_help(run: Any) -> None:
+    assert run("--version")[1].strip() == dycoke.__version__
+    for args in ((), ("--help",)):
+        code, out, _ = run(*args)
+        assert code == 0 and "Commands" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("run", "none.mp4"), "none.mp4"),
+        (("run", __file__), "test_cli.py"),
+        (("run", "{clip}", "--merge-ratio", "1"), "merge_ratio must be in [0, 1), got 1.0"),
+        (("run", "{clip}", "--prune-ratio", "-1"), "prune_ratio must be in [0, 1), got -1.0"),
+        (("run", "{clip}", "--prune-layer", "0"), "prune_layer must be at least 1, got 0"),
+        (("run", "{clip}", "--prune-layer", "99"), "prune_layer=99 leaves no layer"),
+        (("run", "{clip}", "--frames", "0"), "--frames"),
+        (("run", "{clip}", "--frames", "many"), "--frames"),
+        (("run", "{clip}", "--compare", "--no-compress"), "exclude each other"),
+        (("run", "{clip}", "--model", "/no/such/folder"), "/no/such/folder"),
+        (("run", "{clip}", "--model", "{folder}"), "cannot load the model"),
+        (("run", "{clip}", "--dtype", "float99"), "unknown dtype 'float99'"),
+        (("run", "{clip}", "--device", "nonsense"), "nonsense"),
+        (("run", "{clip}", "--bogus"), "--bogus"),
+        (("run",), "video"),
+        (("fly",), "fly"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    run: Any, clip: Path, tmp_path: Path, args: tuple[str, ...], message: str
+) -> None:
+    filled = [a.replace("{clip}", str(clip)).replace("{folder}", str(tmp_path)) for a in args]
+    code, out, err = run(*filled, *(["--json"] if args[0] == "run" else []))
+    lines = [line for line in err.splitlines() if line.startswith("dycoke: ")]
+    assert code == 2
+    assert out == ""
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in err
+
+
+def test_a_fault_of_ours_is_not_hidden(monkeypatch: Any, clip: Path) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("dycoke.assistant.Assistant.ask", broken)
+    monkeypatch.setattr(sys, "argv", ["dycoke", "run", str(clip)])
+    with pytest.raises(ZeroDivisionError):  # the interpreter shows it, and exits with 1
+        cli.main()
+
+
+def test_the_model_is_loaded_only_when_needed() -> None:
+    """Help and tables must not wait for torch."""
+    code = (
+        "import sys; sys.argv = ['dycoke', 'flops']\n"
+        "from dycoke import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+needs_videos = pytest.mark.skipif(not CLIPS, reason="no ../shared/videos beside the project")
+
+
+@needs_videos
+@pytest.mark.parametrize("name", CLIPS)
+def test_every_real_clip_in_a_process_of_its_own(name: str) -> None:
+    args = [sys.executable, "-c", "from dycoke.cli import main; main()", "run", str(VIDEOS / name)]
+    args += ["--frames", "33", "--max-new-tokens", "3", "--json"]
+    done = subprocess.run(args, capture_output=True, text=True, check=False)
+    if name == "corrupted.mp4":
+        errors = [line for line in done.stderr.splitlines() if line]
+        assert done.returncode == 2, done.stderr
+        assert done.stdout == ""
+        assert len(errors) == 1
+        assert "corrupted.mp4" in errors[0] and "28 of 50" in errors[0]
+    else:
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["report"]["samples"][0]["frames"] <= 33
+
+
+@needs_videos
+@pytest.mark.parametrize("frames", [1, 2, 3, 5, 7, 33])
+@pytest.mark.parametrize("name", CLIPS)
+def test_every_real_clip_at_every_frame_count(run: Any, name: str, frames: int) -> None:
+    args = ("run", VIDEOS / name, "--frames", frames, "--max-new-tokens", 2, "--json")
+    code, out, err = run(*args)
+    if name == "corrupted.mp4" and frames > 1:
+        assert code == 2 and out == "" and "corrupted.mp4" in err
+        return
+    assert code == 0, err
+    assert json.loads(out)["report"]["samples"][0]["frames"] <= frames
