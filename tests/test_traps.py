@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
+import weakref
 from typing import Any
 
 import pytest
 import standin
 import tiny
 import torch
+import transformers
 from support import (
     BACKENDS,
     backends,
@@ -27,6 +30,7 @@ import dycoke
 from dycoke import DyCoke, UnsupportedError
 
 ONE = ([[7]], [(5, 7)])
+TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
 def question(family: str, sequence: torch.Tensor, tokens: list[int]) -> dict[str, Any]:
@@ -240,6 +244,29 @@ def test_apply_and_remove() -> None:
     assert run.report is not None and run.report.engaged
 
 
+def test_an_applied_model_can_be_let_go() -> None:
+    """Nothing of ours keeps a model alive."""
+    model = tiny.FAMILIES["llava_onevision"].model()
+    run = dycoke.apply(model, DyCoke())
+    inputs = inputs_of("llava_onevision", [[2]], [(2, 2)])
+    with torch.no_grad():
+        model(**inputs)
+    gone = weakref.ref(model)
+    del model, run
+    gc.collect()
+    assert gone() is None
+
+
+def test_ratio_zero_refuses_nothing() -> None:
+    """Not even what would be refused otherwise: chunks of a prompt (transformers permitting)."""
+    model, inputs = model_of("llava_onevision"), inputs_of("llava_onevision", *ONE)
+    kwargs = {"prefill_chunk_size": 30}
+    plain = generate(model, inputs, **kwargs)
+    ours, run = compressed(model, DyCoke(merge_ratio=0, prune_ratio=0), inputs, **kwargs)
+    assert torch.equal(ours.sequences, plain.sequences)
+    assert run.report is not None and not run.report.engaged
+
+
 def test_only_the_last_hundred_reports_are_kept() -> None:
     model = model_of("llava_onevision")
     inputs = inputs_of("llava_onevision", [[2]], [(2, 2)])
@@ -343,12 +370,20 @@ def test_sliding_layers_are_refused() -> None:
 @families
 @pytest.mark.parametrize("size", [4, 20, 30])
 def test_chunked_prefill_is_refused(family: str, size: int) -> None:
-    """5.17 hands all pixels to the first chunk, newer releases a slice of the features."""
+    """5.17 forgets the pixels, silently; newer releases hand out a slice of the features."""
+    if TRANSFORMERS < (5, 18) and family == "qwen2_5_vl" and size == 4:
+        pytest.skip("5.17 itself fails in the text before the video")
     model, inputs = model_of(family), inputs_of(family, *ONE)
-    with pytest.raises((UnsupportedError, ValueError)) as error:
-        compressed(model, DyCoke(), inputs, prefill_chunk_size=size)
-    assert isinstance(error.value, UnsupportedError)
-    assert "prefill_chunk_size" in str(error.value) or "pass the processor's" in str(error.value)
+    refused(
+        model, inputs, "prefill_chunk_size|unchanged", DyCoke(), prefill_chunk_size=size
+    )
+
+
+@families
+def test_placeholders_without_a_video_are_refused(family: str) -> None:
+    model, inputs = model_of(family), inputs_of(family, *ONE)
+    text = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+    refused(model, text, "no video came with them")
 
 
 @families

@@ -84,13 +84,19 @@ class Step:
         return self.length == 1 and not self.prefill
 
 
-# Models that an engine is on, by their decoder; one engine at a time.
-_ENGAGED: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
+class _Untouched(Exception):
+    """Why a forward has nothing to compress."""
+
+
+# Models that an engine is on, by their decoder; one engine at a time. The model's hooks keep the
+# engine alive, so that both go when the model goes.
+_ENGAGED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Engine]] = weakref.WeakKeyDictionary()
 
 
 def engine_of(model: Any) -> Engine | None:
     """The engine that is on this model now, if any."""
-    return _ENGAGED.get(model.get_decoder())
+    engine = _ENGAGED.get(model.get_decoder())
+    return None if engine is None else engine()
 
 
 class Engine:
@@ -146,12 +152,12 @@ class Engine:
     # Installing and removing
 
     def install(self) -> None:
-        if self.decoder in _ENGAGED:
+        if engine_of(self.model) is not None:
             raise UnsupportedError(
                 "this model is compressed already; leave the other `with` block (or call "
                 "dycoke.remove(model)) first"
             )
-        _ENGAGED[self.decoder] = self
+        _ENGAGED[self.decoder] = weakref.ref(self)
         try:
             self._override_attention()
             if self.model is not self.base:
@@ -181,20 +187,21 @@ class Engine:
                 self._overrides.append(Override(attention_of(layer), self._pruning))
 
     def remove(self) -> None:
-        """Restore the model completely. Harmless when called twice."""
+        """Restore the model completely, between two forwards. Harmless when called twice."""
+        self._acquire()
         for hook in self._hooks:
             hook.remove()
         for override in self._overrides:
             override.restore()
         self._hooks, self._overrides = [], []
-        if _ENGAGED.get(self.decoder) is self:
+        if engine_of(self.model) is self:
             del _ENGAGED[self.decoder]
         self._release()
 
     # Reports
 
     def reports(self) -> list[Report]:
-        return [tally.report() for tally in self.tallies]
+        return [tally.report() for tally in list(self.tallies)]
 
     def traced(self) -> Trace | None:
         return self.tallies[-1].trace if self.tallies else None
@@ -215,38 +222,52 @@ class Engine:
         # Assisted decoding asks for the logits of several tokens at once.
         self._local.several = isinstance(asked, int) and asked > 1
 
-    def _on_prompt(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _on_prompt(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         local = self._local
         local.spans, local.reason = [], None
-        if getattr(local, "labels", False) or module.training:
-            local.reason = "labels were given or the model is in training mode"
-            return
-        inputs = _named(module, args, kwargs)
+        try:
+            local.spans = self._find(module, _named(module, args, kwargs))
+        except _Untouched as why:
+            local.reason = str(why)
+        except UnsupportedError:
+            if not self.method.idle:  # plain generation may do whatever it can
+                raise
+
+    def _find(self, module: Any, inputs: dict[str, Any]) -> list[VideoSpan]:
+        """Where the videos of this forward's prompt are."""
+        if getattr(self._local, "labels", False) or module.training:
+            raise _Untouched("labels were given or the model is in training mode")
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         past = inputs.get("past_key_values")
         filled = past is not None and past.get_seq_length() > 0
         if ids is None:
-            local.reason = "inputs_embeds without input_ids: video tokens cannot be found"
             if not filled and embeds is not None and embeds.shape[1] > 1:
                 warnings.warn(
                     "DyCoke got inputs_embeds without input_ids and cannot find the video tokens; "
                     "pass input_ids and pixels instead",
                     stacklevel=2,
                 )
-            return
+            raise _Untouched("inputs_embeds without input_ids: video tokens cannot be found")
         encoded = encoded_rows(inputs.get("mm_encoder_outputs"))
         if encoded is None and inputs.get("pixel_values_videos") is None:
-            local.reason = "no video in the prompt"
-            return
+            several = getattr(self._local, "several", False)
+            # One wait for the device, at prefill only. Candidates may repeat a placeholder.
+            if ids.shape[1] > 1 and not several and (ids == module.config.video_token_id).any():
+                raise UnsupportedError(
+                    "the prompt has video placeholders and no video came with them; pass the "
+                    "processor's whole output, and prefill at once, without prefill_chunk_size"
+                )
+            raise _Untouched(NO_VIDEO)
         if filled:
             raise UnsupportedError(
                 "video tokens arrived for a cache that is not empty: prefill a video in one go, "
                 "without prefill_chunk_size, and start a new cache for a new video"
             )
-        local.spans = self.family.layout(
-            Prompt(module.config, ids, inputs.get("position_ids"), inputs, encoded)
-        )
-        local.reason = None if local.spans else "no video in the prompt"
+        prompt = Prompt(module.config, ids, inputs.get("position_ids"), inputs, encoded)
+        spans: list[VideoSpan] = self.family.layout(prompt)
+        if not spans:
+            raise _Untouched(NO_VIDEO)
+        return spans
 
     def _after_prompt(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._local.spans, self._local.labels, self._local.several = [], False, False
@@ -304,13 +325,15 @@ class Engine:
         """A forward that stays untouched: only count it."""
         if self._continues(step, inputs.get("past_key_values"), several):
             return
-        reason = IDLE if spans else getattr(self._local, "reason", None) or NO_VIDEO
+        reason = getattr(self._local, "reason", None) or IDLE
         counts = [span.positions.numel() for span in spans]
         videos = videos_by_sample(spans, counts, inputs["inputs_embeds"].shape[0])
         step.tally = self._open(Tally(self.method.to_dict(), videos, reason=reason))
 
     def _continues(self, step: Step, cache: Any, several: bool) -> bool:
-        for tally in reversed(self.tallies):
+        # Without a cache only the newest can be told from chance.
+        known = self.tallies if cache is not None else list(self.tallies)[-1:]
+        for tally in reversed(known):
             if tally.goes_on(cache, step.length, several):
                 step.tally, step.counts = tally, True
                 return True

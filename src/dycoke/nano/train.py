@@ -385,24 +385,28 @@ class Trainer:
 
     def run(self) -> None:
         """Train until the time or the steps are used up."""
-        last = time.monotonic()
         losses: list[float] = []
+        last = time.monotonic()
+
+        def count() -> None:
+            nonlocal last
+            now = time.monotonic()
+            # A process that was paused must not lose its time.
+            self.done.seconds += min(now - last, 120)
+            last = now
+
         next_report = self.done.seconds + self.args.every
         while self.done.seconds < 60 * self.args.minutes and (
             self.args.steps is None or self.done.step < self.args.steps
         ):
             losses.append(self.step())
-            now = time.monotonic()
-            self.done.seconds += now - last
-            last = now
+            count()
             if self.done.seconds < next_report:
                 continue
             score = self.validate(self.args.validate)
             self.log(loss=float(np.mean(losses)), **score)
             losses.clear()
-            now = time.monotonic()
-            self.done.seconds += now - last
-            last = now
+            count()
             next_report = self.done.seconds + self.args.every
             self._maybe_next(min(score["ask"], score["events"]))
             self.save()
