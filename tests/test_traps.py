@@ -374,9 +374,7 @@ def test_chunked_prefill_is_refused(family: str, size: int) -> None:
     if TRANSFORMERS < (5, 18) and family == "qwen2_5_vl" and size == 4:
         pytest.skip("5.17 itself fails in the text before the video")
     model, inputs = model_of(family), inputs_of(family, *ONE)
-    refused(
-        model, inputs, "prefill_chunk_size|unchanged", DyCoke(), prefill_chunk_size=size
-    )
+    refused(model, inputs, "prefill_chunk_size|unchanged", DyCoke(), prefill_chunk_size=size)
 
 
 @families
