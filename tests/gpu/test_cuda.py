@@ -1,0 +1,45 @@
+"""On a CUDA device: the same tokens as on the CPU, on every backend there is."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from support import compressed, families, generate, inputs_of, model_of
+
+from dycoke import DyCoke
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def on_cuda(inputs: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    return {k: v.to("cuda", dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+
+
+@families
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_float32_gives_the_cpus_tokens(family: str, backend: str) -> None:
+    inputs = inputs_of(family, [[6], [6]], [(5, 7), (2, 3)], seed=7)
+    expected, _ = compressed(model_of(family, backend, seed=7), DyCoke(), inputs)
+    model = tiny.FAMILIES[family].model(backend, seed=7).cuda()
+    output, _ = compressed(model, DyCoke(), on_cuda(inputs))
+    assert torch.equal(output.sequences.cpu(), expected.sequences)
+
+
+@families
+@pytest.mark.skipif(
+    importlib.util.find_spec("flash_attn") is None, reason="flash-attn is not installed"
+)
+def test_flash_attention_with_nothing_to_drop(family: str) -> None:
+    """Gapped positions and 2-D masks through the real kernel."""
+    inputs = on_cuda(inputs_of(family, [[6], [6]], [(5, 7), (2, 3)], seed=7), torch.bfloat16)
+    model = tiny.FAMILIES[family].model("flash_attention_2", seed=7).cuda().bfloat16()
+    plain = generate(model, inputs)
+    ours, _ = compressed(model, DyCoke(merge_ratio=0, prune_ratio=1e-9), inputs)
+    torch.testing.assert_close(ours.logits[0], plain.logits[0], rtol=0.05, atol=0.05)
