@@ -15,17 +15,29 @@ from transformers.video_utils import VideoMetadata
 from dycoke import nano
 from dycoke.compressor import Compressor
 from dycoke.report import Report
+from dycoke.tally import Trace
 from dycoke.timing import Stopwatch, Timings
 from dycoke.video import Video, read
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, what was compressed (None without a compressor), and where the time went."""
+    """An answer.
+
+    Attributes
+    ----------
+    text : the answer, without special tokens.
+    tokens : its pieces, one per generated token, special ones included.
+    report : what was compressed; None without a compressor.
+    timings : where the time went.
+    trace : what was kept and attended to, where it was asked for.
+    """
 
     text: str
+    tokens: tuple[str, ...]
     report: Report | None
     timings: Timings
+    trace: Trace | None = None
 
 
 def best_device() -> str:
@@ -120,6 +132,7 @@ class Assistant:
         frames: int = 32,
         max_new_tokens: int = 128,
         on_text: Callable[[str], None] | None = None,
+        trace: bool = False,
         **generate: Any,
     ) -> Answer:
         """Answer a question about a video, greedily unless ``generate`` says otherwise.
@@ -132,6 +145,7 @@ class Assistant:
         frames : frames to sample from a file.
         max_new_tokens : length limit of the answer.
         on_text : called with each piece of text as it comes.
+        trace : keep what the compressor kept and attended to.
         generate : further arguments of the model's own ``generate``.
 
         Raises
@@ -154,15 +168,21 @@ class Assistant:
                 generate
             )
         streamer = _Streamer(self.processor.tokenizer, on_text) if on_text else None
-        with watch.compressing(compressor) as run:
+        with watch.compressing(compressor, trace) as run:
             output = self.model.generate(
                 **inputs, max_new_tokens=max_new_tokens, streamer=streamer, **generate
             )
         watch.timings.video_s = prepared
         watch.timings.total_s += prepared
         new = output[0, inputs["input_ids"].shape[1] :]
-        text = self.processor.tokenizer.decode(new, skip_special_tokens=True)
-        return Answer(text.strip(), run.report if run is not None else None, watch.timings)
+        tokenizer = self.processor.tokenizer
+        return Answer(
+            text=tokenizer.decode(new, skip_special_tokens=True).strip(),
+            tokens=tuple(tokenizer.convert_ids_to_tokens(new.tolist())),
+            report=None if run is None else run.report,
+            timings=watch.timings,
+            trace=None if run is None else run.trace,
+        )
 
 
 class _Streamer(TextStreamer):

@@ -141,21 +141,93 @@ def run(
 
 @app.command()
 def demo(
-    seed: Annotated[int, typer.Option(help="Which story to render.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Which story to render.")] = 0,
+    picture: Annotated[Path, typer.Option(help="Where to save the picture.")] = Path(
+        "dycoke-demo.png"
+    ),
 ) -> None:
-    """Render a short clip, write it to a file, and ask the embedded model about it."""
+    """Render a short story, ask the embedded model what happens, and draw where it looked."""
     import tempfile
 
     from dycoke.nano import stories
 
     story = stories.make("seen", seed)
     with tempfile.TemporaryDirectory() as folder:
-        clip = Path(folder) / "story.mp4"
-        stories.write(story, clip)
-        err.print(
-            f"rendered a story ({clip.stat().st_size // 1024} KiB): {stories.describe(story)}"
+        path = Path(folder) / "story.mp4"
+        stories.write(story, path)
+        clip, video_s = _read(path, stories.FRAMES)
+    settings = _settings(0.7, 0.7, 3)
+    assistant = _load(None, None, None)
+    session = _Session(assistant, clip, video_s, stories.DESCRIBE[0], 64, quiet=False)
+    out.print(f"[bold]truth:[/bold] {stories.describe(story)}")
+    session.warm_up()
+    full, ours = session.ask(None), session.ask(settings)
+    out.print(_table(ours, full))
+
+    from dycoke.picture import draw
+
+    traced = assistant.ask(clip, session.prompt, settings, max_new_tokens=64, trace=True)
+    assert traced.trace is not None
+    sample = traced.trace.samples[0]
+    side = round(sample.keep[0].shape[1] ** 0.5)
+    title = f"truth: {stories.describe(story)}    DyCoke: {traced.text}"
+    draw(clip.frames, sample, traced.tokens, title, (side, side)).save(picture)
+    out.print(f"saved {picture}: kept tokens, and the frames that each word looked at")
+
+
+@app.command("eval")
+def evaluate(
+    count: Annotated[int, typer.Option("--stories", min=1, help="How many stories.")] = 500,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first story.")] = 0,
+    split: Annotated[str, typer.Option(help="seen or unseen (combinations).")] = "seen",
+    settings: Annotated[
+        str | None,
+        typer.Option(help="Only lines whose names begin so, comma-separated: full,once,dycoke"),
+    ] = None,
+    prune_layer: Annotated[int, typer.Option(help="First decoder layer that is pruned.")] = 3,
+    model: Annotated[str | None, typer.Option(help="Directory of another nano model.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write results here; unfinished ones are kept beside it."),
+    ] = None,
+) -> None:
+    """StoryQA: the embedded model's accuracy, full, compressed, and under controls."""
+    if split not in ("seen", "unseen"):
+        raise BadInput(f"--split must be seen or unseen, got {split!r}")
+    assistant = _load(model, None, None)
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    from dycoke.evaluate import storyqa
+
+    lines = storyqa.standard_settings(prune_layer=prune_layer)
+    if settings is not None:
+        wanted = tuple(part.strip() for part in settings.split(",") if part.strip())
+        lines = [line for line in lines if line.name.startswith(wanted)]
+        if not lines:
+            names = ", ".join(line.name for line in storyqa.standard_settings())
+            raise BadInput(f"no setting begins with {settings!r}; there are {names}")
+    keep = None if json_file is None else json_file.with_name(json_file.name + ".partial")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Bars(*columns, TimeRemainingColumn(), console=err) as bars:
+        tasks = {line.name: bars.add_task(line.name, total=count) for line in lines}
+        scores = storyqa.evaluate(
+            assistant,
+            lines,
+            split,
+            seed,
+            count,
+            keep,
+            model or "nano",
+            lambda name, done: bars.advance(tasks[name], done),
         )
-        run(clip, prompt=stories.DESCRIBE[0], frames=16, compare=True)
+    results = storyqa.results(lines, scores)
+    out.print(_accuracies(results, f"StoryQA, {count} {split} stories from seed {seed}"))
+    if json_file is not None:
+        content = {"stories": count, "seed": seed, "split": split, "results": results}
+        json_file.write_text(json.dumps(content, indent=1) + "\n")
+        if keep is not None:
+            keep.unlink(missing_ok=True)
 
 
 @app.command()
@@ -291,6 +363,24 @@ def _as_dict(answer: Answer | None) -> dict[str, Any]:
         "report": None if answer.report is None else answer.report.to_dict(),
         "timings": answer.timings.to_dict(),
     }
+
+
+def _accuracies(results: list[dict[str, Any]], title: str) -> Table:
+    """Accuracies with their intervals, and differences to the full model."""
+    table = Table(title=f"{title}; % right [95 % interval] (difference to full)")
+    for name in ("", "kept", "attended", "ask", "describe"):
+        table.add_column(name, justify="left" if not name else "right")
+    for result in results:
+        cells = [f"{result['retention']:.1%}", f"{result['final_retention']:.1%}"]
+        for task in ("ask", "describe"):
+            r = result[task]
+            low, high = (f"{100 * r[k]:.1f}" for k in ("low", "high"))
+            text = f"{100 * r['correct'] / r['n']:.1f} [{low}, {high}]"
+            if (d := r.get("to_full")) is not None:
+                text += f"\n({100 * d[0]:+.1f} [{100 * d[1]:+.1f}, {100 * d[2]:+.1f}])"
+            cells.append(text)
+        table.add_row(result["name"], *cells)
+    return table
 
 
 def _table(answer: Answer | None, full: Answer | None) -> Table:

@@ -60,14 +60,16 @@ class Stopwatch:
         return time.perf_counter()
 
     @contextmanager
-    def compressing(self, compressor: Compressor | None) -> Iterator[Run | None]:
+    def compressing(
+        self, compressor: Compressor | None, trace: bool = False
+    ) -> Iterator[Run | None]:
         """Time the one generation inside; yields the compressor's run, if there is one."""
         with ExitStack() as stack:
             # Hooks run in the order of their registration: ours around the compressor's.
             self._time_vision(stack)
             self._hook(stack, self.base, self._begin)
             self._hook(stack, self.decoder, self._begin)
-            run = None if compressor is None else stack.enter_context(compressor(self.model))
+            run = None if compressor is None else stack.enter_context(compressor(self.model, trace))
             self._hook(stack, self.base, self._compressed)
             self._hook(stack, self.decoder, self._compressed)
             handle = self.model.register_forward_hook(self._forwarded)

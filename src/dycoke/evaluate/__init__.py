@@ -1,0 +1,1 @@
+"""Accuracy: StoryQA with its intervals."""

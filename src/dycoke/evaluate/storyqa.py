@@ -1,0 +1,274 @@
+"""StoryQA: questions about rendered stories, and telling them, under one setting after another."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from dycoke.assistant import Assistant
+from dycoke.compressor import Compressor, DyCoke
+from dycoke.evaluate.stats import Count, paired_difference, wilson
+from dycoke.methods.controls import FewerFrames, RandomTokens
+from dycoke.nano import stories
+
+BATCH = 16  # prompts at once: more does not pay on two cores
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the table: a name, and what compresses (None for the full model)."""
+
+    name: str
+    method: str
+    compressor: Compressor | None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {} if self.compressor is None else self.compressor.to_dict()
+
+
+def standard_settings(prune_ratio: float = 0.7, prune_layer: int = 3) -> list[Setting]:
+    """Full, DyCoke at three merge ratios, and the controls at the last of them."""
+
+    def name(method: str, merge_ratio: float) -> str:
+        return f"{method} K={merge_ratio} P={prune_ratio} L={prune_layer}"
+
+    lines = [Setting("full", "full", None)]
+    lines += [
+        Setting(name("dycoke", ratio), "dycoke", DyCoke(ratio, prune_ratio, prune_layer))
+        for ratio in (0.3, 0.5, 0.7)
+    ]
+    controls: dict[str, Compressor] = {
+        "random": RandomTokens(0.7, prune_ratio, prune_layer),
+        "fewer-frames": FewerFrames(0.7, prune_ratio, prune_layer),
+        "once": DyCoke(0.7, prune_ratio, prune_layer, refresh_threshold=0),
+    }
+    lines += [Setting(name(method, 0.7), method, c) for method, c in controls.items()]
+    return lines
+
+
+@dataclass
+class Scores:
+    """Counts per story of one setting, in the order of the stories; and what was kept."""
+
+    ask: list[Count] = field(default_factory=list)
+    describe: list[Count] = field(default_factory=list)
+    visual: int = 0
+    kept: int = 0
+    active: int = 0
+
+    def add(self, other: Scores) -> None:
+        self.ask += other.ask
+        self.describe += other.describe
+        self.visual += other.visual
+        self.kept += other.kept
+        self.active += other.active
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt of one story, with its truth."""
+
+    story: int  # place in the chunk
+    task: str  # "ask" or "describe"
+    question: str
+    truth: str
+
+
+class StoryQA:
+    """A model's answers about stories.
+
+    Parameters
+    ----------
+    assistant : model and processor of the LLaVA-OneVision family.
+    split : "seen" or "unseen"; training has seen neither's stories.
+    first : seed of the first story.
+    count : how many stories.
+    """
+
+    def __init__(self, assistant: Assistant, split: str, first: int, count: int) -> None:
+        self.model, self.processor = assistant.model, assistant.processor
+        self.split, self.first, self.count = split, first, count
+        self._features: dict[int, Tensor] = {}
+
+    def run(
+        self,
+        compressor: Compressor | None,
+        chunk: int = 8,
+        start: int = 0,
+    ) -> Iterator[Scores]:
+        """Scores of ``chunk`` stories at a time, from story ``start`` on."""
+        for begin in range(start, self.count, chunk):
+            seeds = range(self.first + begin, self.first + min(begin + chunk, self.count))
+            told = [stories.make(self.split, seed) for seed in seeds]  # type: ignore[arg-type]
+            yield self._score(told, compressor)
+
+    def _score(self, told: Sequence[stories.Story], compressor: Compressor | None) -> Scores:
+        scores = Scores([(0, 0)] * len(told), [(0, 0)] * len(told))
+        features = [self._encode(story) for story in told]
+        # Answers and tellings apart: a batch takes as long as its longest text.
+        for task, tokens in (("ask", 12), ("describe", 64)):
+            rows = [row for i, story in enumerate(told) for row in _rows(i, story, task)]
+            for i in range(0, len(rows), BATCH):
+                batch = rows[i : i + BATCH]
+                videos = torch.stack([features[row.story] for row in batch])
+                texts, kept = self._answer([r.question for r in batch], videos, compressor, tokens)
+                scores.visual += kept[0]
+                scores.kept += kept[1]
+                scores.active += kept[2]
+                for row, text in zip(batch, texts, strict=True):
+                    story = told[row.story]
+                    if task == "ask":
+                        right, asked = scores.ask[row.story]
+                        right += stories.same_answer(text, row.truth)
+                        scores.ask[row.story] = right, asked + 1
+                    else:
+                        right = stories.events_right(text, story)
+                        scores.describe[row.story] = right, len(story.events)
+        return scores
+
+    @torch.inference_mode()
+    def _encode(self, story: stories.Story) -> Tensor:
+        """The vision encoder's features of a story, once for all settings: (rows, D)."""
+        if story.seed not in self._features:
+            pixels = self.processor.video_processor([stories.render(story)], return_tensors="pt")
+            pixels = pixels["pixel_values_videos"].to(self.model.device, self.model.dtype)
+            rows = self.model.model.get_video_features(pixels, return_dict=True).pooler_output
+            self._features[story.seed] = rows[0]
+        return self._features[story.seed]
+
+    @torch.inference_mode()
+    def _answer(
+        self, questions: list[str], videos: Tensor, compressor: Compressor | None, tokens: int
+    ) -> tuple[list[str], tuple[int, int, int]]:
+        """Greedy answers, and visual, kept and active tokens over the batch."""
+        inputs = self.prompts(questions, videos.shape[1])
+        with nullcontext() if compressor is None else compressor(self.model) as run:
+            output = self.model.generate(
+                **inputs,
+                mm_encoder_outputs={"video": BaseModelOutputWithPooling(pooler_output=videos)},
+                max_new_tokens=tokens,
+                do_sample=False,
+            )
+        new = output[:, inputs["input_ids"].shape[1] :]
+        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        if run is None:
+            visual = videos.shape[0] * (videos.shape[1] - 1)
+            return texts, (visual, visual, visual)
+        assert run.report is not None
+        samples = run.report.samples
+        counts = [(s.visual_tokens, s.kept_tokens, s.active_tokens) for s in samples]
+        visual, kept, active = (sum(column) for column in zip(*counts, strict=True))
+        return texts, (visual, kept, active)
+
+    def prompts(self, questions: Sequence[str], rows: int) -> dict[str, Tensor]:
+        """Left-padded prompts, with ``rows`` placeholders each, as the processor makes them."""
+        processor = self.processor
+        texts = []
+        for question in questions:
+            content = [{"type": "video"}, {"type": "text", "text": question}]
+            text = processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            )
+            texts.append(text.replace(processor.video_token, processor.video_token * rows))
+        inputs = processor.tokenizer(
+            texts, padding=True, padding_side="left", return_tensors="pt"
+        ).to(self.model.device)
+        return {k: inputs[k] for k in ("input_ids", "attention_mask")}
+
+
+def _rows(place: int, story: stories.Story, task: str) -> list[Row]:
+    if task == "describe":
+        return [Row(place, task, stories.DESCRIBE[0], stories.describe(story))]
+    return [Row(place, task, q, truth) for q, truth in stories.questions(story)]
+
+
+class Progress:
+    """Counts per story of every setting, kept in a file so that a stopped evaluation goes on."""
+
+    def __init__(self, path: Path | None, key: dict[str, Any]) -> None:
+        self.path, self.key = path, key
+        self.scores: dict[str, Scores] = {}
+        if path is not None and path.is_file():
+            saved = json.loads(path.read_text())
+            if saved["key"] == key:
+                for name, columns in saved["scores"].items():
+                    for task in ("ask", "describe"):
+                        columns[task] = [tuple(count) for count in columns[task]]
+                    self.scores[name] = Scores(**columns)
+
+    def of(self, name: str) -> Scores:
+        return self.scores.setdefault(name, Scores())
+
+    def save(self) -> None:
+        if self.path is not None:
+            content = {"key": self.key, "scores": {n: vars(s) for n, s in self.scores.items()}}
+            scratch = self.path.with_name(self.path.name + ".tmp")
+            scratch.write_text(json.dumps(content))
+            os.replace(scratch, self.path)
+
+
+def evaluate(
+    assistant: Assistant,
+    lines: Sequence[Setting],
+    split: str = "seen",
+    seed: int = 0,
+    count: int = 500,
+    keep: Path | None = None,
+    model: str = "nano",
+    on_chunk: Callable[[str, int], None] | None = None,
+) -> dict[str, Scores]:
+    """Run StoryQA under every setting.
+
+    Parameters
+    ----------
+    keep : file that holds finished stories; an evaluation of the same stories goes on from it.
+    model : name of the model, so that the file is not mixed up with another one's.
+    on_chunk : called with a setting's name and the number of stories finished now.
+    """
+    key = {"split": split, "seed": seed, "stories": count, "model": model}
+    progress = Progress(keep, key)
+    task = StoryQA(assistant, split, seed, count)
+    for line in lines:
+        scores = progress.of(line.name)
+        if on_chunk is not None:
+            on_chunk(line.name, len(scores.ask))
+        for part in task.run(line.compressor, start=len(scores.ask)):
+            scores.add(part)
+            progress.save()
+            if on_chunk is not None:
+                on_chunk(line.name, len(part.ask))
+    return progress.scores
+
+
+def results(lines: Sequence[Setting], scores: dict[str, Scores]) -> list[dict[str, Any]]:
+    """One dictionary per setting, ready for JSON; differences to "full" where that was run."""
+    full = scores.get("full")
+    table = []
+    for line in lines:
+        mine = scores[line.name]
+        row: dict[str, Any] = {
+            "name": line.name,
+            "method": line.method,
+            "settings": line.settings,
+            "retention": mine.kept / mine.visual,
+            "final_retention": mine.active / mine.visual,
+        }
+        for task in ("ask", "describe"):
+            counts = getattr(mine, task)
+            correct, n = (sum(column) for column in zip(*counts, strict=True))
+            low, high = wilson(correct, n)
+            row[task] = {"n": n, "correct": correct, "low": low, "high": high}
+            if full is not None and line.compressor is not None:
+                row[task]["to_full"] = paired_difference(counts, getattr(full, task))
+        table.append(row)
+    return table

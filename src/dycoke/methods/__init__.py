@@ -1,0 +1,1 @@
+"""Methods beside DyCoke, through the same doors."""

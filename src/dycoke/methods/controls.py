@@ -1,0 +1,50 @@
+"""Controls: what DyCoke must beat at the same counts to show that its choices matter."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dycoke.compressor import DyCoke
+from dycoke.merging import merge_mask
+
+
+@dataclass(frozen=True)
+class RandomTokens(DyCoke):
+    """As many tokens of a video as DyCoke keeps, but any of them.
+
+    The choice follows from ``seed`` and the video's own features: another video has another one,
+    the same video the same.
+    """
+
+    seed: int = 0
+
+    def merge_tokens(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        keep = merge_mask(features, self.merge_ratio, self.window)
+        mark = zlib.crc32(features[0, 0].float().cpu().numpy().tobytes(), self.seed)
+        order = torch.randperm(keep.numel(), generator=torch.Generator().manual_seed(mark))
+        chosen = torch.zeros(keep.numel(), dtype=torch.bool)
+        chosen[order[: int(keep.sum())]] = True
+        return features, chosen.view(keep.shape).to(keep.device)
+
+
+@dataclass(frozen=True)
+class FewerFrames(DyCoke):
+    """Whole frames, evenly spaced, not more tokens than DyCoke keeps, and at least one frame."""
+
+    def merge_tokens(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        keep = merge_mask(features, self.merge_ratio, self.window)
+        frames, tokens = keep.shape
+        count = max(1, int(keep.sum()) // tokens)
+        # The first and the last frame are among them; one frame is the middle one.
+        places = (
+            [frames // 2]
+            if count == 1
+            else [place * (frames - 1) // (count - 1) for place in range(count)]
+        )
+        keep = torch.zeros_like(keep)
+        keep[places] = True
+        return features, keep
