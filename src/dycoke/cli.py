@@ -170,7 +170,7 @@ def demo(
     assert traced.trace is not None
     sample = traced.trace.samples[0]
     side = round(sample.keep[0].shape[1] ** 0.5)
-    title = f"truth: {stories.describe(story)}    DyCoke: {traced.text}"
+    title = f"truth: {stories.describe(story)}\nDyCoke: {traced.text[:200]}"
     draw(clip.frames, sample, traced.tokens, title, (side, side)).save(picture)
     out.print(f"saved {picture}: kept tokens, and the frames that each word looked at")
 

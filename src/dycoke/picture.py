@@ -54,13 +54,13 @@ def draw(
     frames : uint8, (F, H, W, 3): one picture per temporal slice.
     sample : the trace of a prompt with this one video.
     words : the generated tokens; the first came from the prefill, which has no trace.
-    title : a line on top.
+    title : one or more lines on top.
     grid : rows and columns of a frame's tokens.
     """
     count = len(frames)
     mass = attention_by_frame(sample)
     width = LABEL + count * CELL + 2 * MARGIN
-    top = MARGIN + 2 * ROW
+    top = MARGIN + (2 + title.count("\n")) * ROW
     height = top + CELL + MARGIN + len(mass) * ROW + ROW + MARGIN
     image = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(image)

@@ -1,0 +1,166 @@
+"""StoryQA's counting, its intervals, and its way through a file."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dycoke import DyCoke
+from dycoke.assistant import Assistant
+from dycoke.evaluate import stats, storyqa
+from dycoke.methods.controls import FewerFrames, RandomTokens
+from dycoke.nano import build, stories
+
+
+@pytest.fixture(scope="module")
+def assistant(tmp_path_factory: Any) -> Assistant:
+    """Random weights: what is tested is the counting, not the answers."""
+    folder = build.build(tmp_path_factory.mktemp("nano") / "nano", seed=3)
+    return Assistant.load(folder, device="cpu")
+
+
+def test_wilson_against_known_values() -> None:
+    # Wilson's interval for 8 of 10, as in Newcombe's tables.
+    low, high = stats.wilson(8, 10)
+    assert (round(low, 3), round(high, 3)) == (0.490, 0.943)
+    assert stats.wilson(0, 10)[0] == 0.0 and stats.wilson(10, 10)[1] == pytest.approx(1.0)
+    assert stats.wilson(0, 0) == (0.0, 1.0)
+
+
+def test_paired_difference_sees_what_pairs_show() -> None:
+    rng = random.Random(0)
+    theirs = [(rng.randint(0, 4), 4) for _ in range(300)]
+    better = [(min(right + (i % 3 == 0), n), n) for i, (right, n) in enumerate(theirs)]
+    difference, low, high = stats.paired_difference(better, theirs)
+    gained = sum(a[0] - b[0] for a, b in zip(better, theirs, strict=True))
+    assert difference == pytest.approx(gained / (4 * 300))
+    assert 0 < low < difference < high
+    same = stats.paired_difference(theirs, theirs)
+    assert same == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="same stories"):
+        stats.paired_difference(theirs, theirs[:-1])
+
+
+def test_the_bootstrap_draws_whole_stories() -> None:
+    """Ten equal answers about one story are one observation, not ten."""
+    rng = np.random.default_rng(1)
+    single = [(int(x), 1) for x in rng.integers(0, 2, 60)]
+    none = [(0, 1)] * 60
+    clustered = [(10 * right, 10) for right, _ in single]
+    wide = stats.paired_difference(clustered, [(0, 10)] * 60)
+    assert wide == pytest.approx(stats.paired_difference(single, none))
+
+
+def test_prompts_are_those_of_the_processor(assistant: Assistant) -> None:
+    story = stories.make("seen", 5)
+    question, _ = stories.questions(story)[0]
+    task = storyqa.StoryQA(assistant, "seen", 5, 1)
+    features = task._encode(story)
+    content = [{"type": "video"}, {"type": "text", "text": question}]
+    text = assistant.processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    whole = assistant.processor(text=[text], videos=[stories.render(story)], return_tensors="pt")
+    ours = task.prompts([question], len(features))
+    assert torch.equal(ours["input_ids"], whole["input_ids"])
+    direct = assistant.model.model.get_video_features(
+        whole["pixel_values_videos"], return_dict=True
+    ).pooler_output
+    torch.testing.assert_close(features[None], direct[:, : len(features)])
+
+
+@pytest.mark.parametrize("compressor", [None, DyCoke(), RandomTokens(), FewerFrames()])
+def test_everything_is_counted_once(assistant: Assistant, compressor: Any) -> None:
+    """Every question and every event of every story is counted once, in any chunks."""
+    task = storyqa.StoryQA(assistant, "seen", 40, 3)
+    total = storyqa.Scores()
+    for part in task.run(compressor, chunk=2):
+        total.add(part)
+    told = [stories.make("seen", 40 + i) for i in range(3)]
+    assert [n for _, n in total.ask] == [len(stories.questions(s)) for s in told]
+    assert [n for _, n in total.describe] == [len(s.events) for s in told]
+    prompts = sum(n for _, n in total.ask) + 3
+    assert total.visual == prompts * 16 * 36
+    if compressor is None:
+        assert total.kept == total.active == total.visual
+    else:
+        _, keep = compressor.merge_tokens(task._encode(told[0])[:-1].view(16, 36, -1))
+        assert total.kept == prompts * int(keep.sum())
+        assert total.active == prompts * int(0.3 * int(keep.sum()) + 1e-6)
+
+
+def test_right_answers_count(assistant: Assistant, monkeypatch: Any) -> None:
+    task = storyqa.StoryQA(assistant, "seen", 0, 4)
+    told = [stories.make("seen", seed) for seed in range(4)]
+    truth = {q: a for s in told for q, a in stories.questions(s)}
+
+    def perfect(questions: list[str], videos: Any, *_: Any) -> Any:
+        owner = [next(i for i, f in enumerate(features) if torch.equal(f, v)) for v in videos]
+        texts = []
+        for question, i in zip(questions, owner, strict=True):
+            answers = dict(stories.questions(told[i]))
+            texts.append(answers.get(question) or stories.describe(told[i]))
+        return texts, (1, 1, 1)
+
+    features = [task._encode(story) for story in told]
+    monkeypatch.setattr(task, "_answer", perfect)
+    scores = next(iter(task.run(None, chunk=4)))
+    assert truth
+    assert all(right == n > 0 for right, n in scores.ask + scores.describe)
+
+
+def test_an_evaluation_goes_on_where_it_stopped(assistant: Assistant, tmp_path: Path) -> None:
+    lines = [s for s in storyqa.standard_settings() if s.name in ("full", "dycoke K=0.7 P=0.7 L=3")]
+    kept = tmp_path / "partial.json"
+    done: list[tuple[str, int]] = []
+
+    class Stopped(Exception):
+        pass
+
+    def stop_late(name: str, count: int) -> None:
+        done.append((name, count))
+        if sum(c for _, c in done) >= 10:
+            raise Stopped
+
+    args = (assistant, lines, "seen", 7, 10)
+    with pytest.raises(Stopped):
+        storyqa.evaluate(*args, keep=kept, on_chunk=stop_late)
+    saved = json.loads(kept.read_text())["scores"]
+    assert len(saved["full"]["ask"]) == 10
+    resumed = storyqa.evaluate(*args, keep=kept)
+    whole = storyqa.evaluate(*args)
+    table, again = storyqa.results(lines, resumed), storyqa.results(lines, whole)
+    assert table == again
+    assert [row["name"] for row in table] == ["full", "dycoke K=0.7 P=0.7 L=3"]
+    assert table[0]["retention"] == 1.0
+    assert table[1]["retention"] == pytest.approx((4 * 36 + 12 * 10) / (16 * 36))
+    assert table[1]["settings"]["merge_ratio"] == 0.7
+    assert set(table[1]["ask"]) == {"n", "correct", "low", "high", "to_full"}
+    # Another seed is another evaluation.
+    other = storyqa.Progress(kept, {"split": "seen", "seed": 8, "stories": 10, "model": "nano"})
+    assert other.scores == {}
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 16])
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.7])
+def test_controls_keep_what_dycoke_keeps(frames: int, ratio: float) -> None:
+    features = torch.randn(frames, 36, 8, generator=torch.Generator().manual_seed(0))
+    kept = int(DyCoke(ratio).merge_tokens(features)[1].sum())
+    _, chosen = RandomTokens(ratio).merge_tokens(features)
+    assert int(chosen.sum()) == kept
+    assert torch.equal(chosen, RandomTokens(ratio).merge_tokens(features)[1])
+    if ratio and frames > 2:
+        assert not torch.equal(chosen, RandomTokens(ratio).merge_tokens(features + 1)[1])
+        assert not torch.equal(chosen, RandomTokens(ratio, seed=1).merge_tokens(features)[1])
+    _, whole = FewerFrames(ratio).merge_tokens(features)
+    per_frame = whole.sum(1)
+    assert set(per_frame.tolist()) <= {0, 36}
+    assert kept - 36 < int(whole.sum()) <= max(kept, 36)
+    if int(whole.sum()) > 36:
+        assert whole[0].all() and whole[-1].all()
