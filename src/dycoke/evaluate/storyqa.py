@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,9 @@ from dycoke.compressor import Compressor, DyCoke
 from dycoke.evaluate.stats import Count, paired_difference, wilson
 from dycoke.methods.controls import FewerFrames, RandomTokens
 from dycoke.nano import stories
+from dycoke.nano.build import TOKENS_PER_FRAME
 
+VISUAL = stories.FRAMES * TOKENS_PER_FRAME  # tokens of a story; a newline follows
 BATCH = 16  # prompts at once: more does not pay on two cores
 
 
@@ -99,6 +102,10 @@ class StoryQA:
         self.model, self.processor = assistant.model, assistant.processor
         self.split, self.first, self.count = split, first, count
         self._features: dict[int, Tensor] = {}
+        # transformers 5.17 takes pixels only, and encodes them again for every prompt.
+        self._takes_features = (
+            "mm_encoder_outputs" in inspect.signature(self.model.forward).parameters
+        )
 
     def run(
         self,
@@ -138,12 +145,13 @@ class StoryQA:
 
     @torch.inference_mode()
     def _encode(self, story: stories.Story) -> Tensor:
-        """The vision encoder's features of a story, once for all settings: (rows, D)."""
+        """What the model takes of a story, made once for all settings: features, or pixels."""
         if story.seed not in self._features:
             pixels = self.processor.video_processor([stories.render(story)], return_tensors="pt")
-            pixels = pixels["pixel_values_videos"].to(self.model.device, self.model.dtype)
-            rows = self.model.model.get_video_features(pixels, return_dict=True).pooler_output
-            self._features[story.seed] = rows[0]
+            ready = pixels["pixel_values_videos"].to(self.model.device, self.model.dtype)
+            if self._takes_features:
+                ready = self.model.model.get_video_features(ready, return_dict=True).pooler_output
+            self._features[story.seed] = ready[0]
         return self._features[story.seed]
 
     @torch.inference_mode()
@@ -151,18 +159,18 @@ class StoryQA:
         self, questions: list[str], videos: Tensor, compressor: Compressor | None, tokens: int
     ) -> tuple[list[str], tuple[int, int, int]]:
         """Greedy answers, and visual, kept and active tokens over the batch."""
-        inputs = self.prompts(questions, videos.shape[1])
+        inputs: dict[str, Any] = self.prompts(questions)
+        if self._takes_features:
+            encoded = BaseModelOutputWithPooling(pooler_output=videos)
+            inputs["mm_encoder_outputs"] = {"video": encoded}
+        else:
+            inputs["pixel_values_videos"] = videos
         with nullcontext() if compressor is None else compressor(self.model) as run:
-            output = self.model.generate(
-                **inputs,
-                mm_encoder_outputs={"video": BaseModelOutputWithPooling(pooler_output=videos)},
-                max_new_tokens=tokens,
-                do_sample=False,
-            )
+            output = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         new = output[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
         if run is None:
-            visual = videos.shape[0] * (videos.shape[1] - 1)
+            visual = len(questions) * VISUAL
             return texts, (visual, visual, visual)
         assert run.report is not None
         samples = run.report.samples
@@ -170,8 +178,8 @@ class StoryQA:
         visual, kept, active = (sum(column) for column in zip(*counts, strict=True))
         return texts, (visual, kept, active)
 
-    def prompts(self, questions: Sequence[str], rows: int) -> dict[str, Tensor]:
-        """Left-padded prompts, with ``rows`` placeholders each, as the processor makes them."""
+    def prompts(self, questions: Sequence[str]) -> dict[str, Tensor]:
+        """Left-padded prompts about one story each, as the processor makes them."""
         processor = self.processor
         texts = []
         for question in questions:
@@ -179,7 +187,7 @@ class StoryQA:
             text = processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
             )
-            texts.append(text.replace(processor.video_token, processor.video_token * rows))
+            texts.append(text.replace(processor.video_token, processor.video_token * (VISUAL + 1)))
         inputs = processor.tokenizer(
             texts, padding=True, padding_side="left", return_tensors="pt"
         ).to(self.model.device)

@@ -321,7 +321,9 @@ class Trainer:
         """Visual tokens as the decoder gets them, without the newline: (B*F*N, D)."""
         pixels = self.reader.pixels(told)
         features: Tensor = self.model.model.get_video_features(pixels).pooler_output
-        return features[:, :-1].flatten(0, 1)
+        # transformers 5.18 and newer append the newline here, 5.17 does so later.
+        whole = features.shape[1] - features.shape[1] % TOKENS_PER_FRAME
+        return features[:, :whole].flatten(0, 1)
 
     def _name(self, features: Tensor) -> tuple[Tensor, ...]:
         """Colour, shape and place that the throw-away head reads from each visual token."""
