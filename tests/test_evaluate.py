@@ -14,6 +14,7 @@ import torch
 from dycoke import DyCoke
 from dycoke.assistant import Assistant
 from dycoke.evaluate import stats, storyqa
+from dycoke.evaluate.attention import clip_of, looking, told_events
 from dycoke.methods.controls import FewerFrames, RandomTokens
 from dycoke.nano import build, stories
 
@@ -166,3 +167,56 @@ def test_controls_keep_what_dycoke_keeps(frames: int, ratio: float) -> None:
     assert kept - 36 < int(whole.sum()) <= max(kept, 36)
     if int(whole.sum()) > 36:
         assert whole[0].all() and whole[-1].all()
+
+
+def test_words_belong_to_the_event_they_tell() -> None:
+    tokens = [
+        "a",
+        "red",
+        "circle",
+        "moves",
+        "left",
+        ",",
+        "then",
+        "a",
+        "blue",
+        "square",
+        "turns",
+        "green",
+        "<|im_end|>",
+    ]
+    expected = [None, 0, 0, 0, 0, None, None, None, 1, 1, 1, 1, None]
+    assert told_events(tokens) == expected
+
+
+def test_looking_reads_the_trace(monkeypatch: Any) -> None:
+    """A model that looks at the first frame of each event, and one that never does."""
+    from types import SimpleNamespace
+
+    from dycoke.tally import SampleTrace
+
+    def assistant_that(looks_at: Any) -> Any:
+        def ask(video: Any, *_: Any, **__: Any) -> Any:
+            story = stories.make("seen", int(video.path.split()[1]))
+            text = stories.describe(story).replace(",", " ,")
+            tokens = tuple(text.split())
+            owners, event = [], 0
+            for token in tokens:
+                event += token == "then"
+                owners.append(story.events[event])
+            attention = []
+            for owner in owners[1:]:
+                step = torch.zeros(16)
+                step[looks_at(owner)] = 1.0
+                attention.append(step)
+            sample = SampleTrace([torch.ones(16, 1).bool()], [], attention)
+            return SimpleNamespace(tokens=tokens, trace=SimpleNamespace(samples=[sample]))
+
+        return SimpleNamespace(ask=ask)
+
+    always = looking(assistant_that(lambda e: e.start), "seen", 0, 5)
+    never = looking(assistant_that(lambda e: e.stop % 16), "seen", 0, 5)
+    assert always.inside == always.words == never.words > 20
+    assert never.inside < never.words / 2
+    assert 0.2 < always.chance < 0.8
+    assert clip_of(stories.make("seen", 0)).frames.shape == (16, 96, 96, 3)

@@ -28,6 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+LOOKED = 50  # stories whose attention `eval` traces: one after another, so not all of them
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -157,7 +159,7 @@ def demo(
         stories.write(story, path)
         clip, video_s = _read(path, stories.FRAMES)
     settings = _settings(0.7, 0.7, 3)
-    assistant = _load(None, None, None)
+    assistant = _load(None, None, None, own_world=True)
     session = _Session(assistant, clip, video_s, stories.DESCRIBE[0], 64, quiet=False)
     out.print(f"[bold]truth:[/bold] {stories.describe(story)}")
     session.warm_up()
@@ -194,7 +196,7 @@ def evaluate(
     """StoryQA: the embedded model's accuracy, full, compressed, and under controls."""
     if split not in ("seen", "unseen"):
         raise BadInput(f"--split must be seen or unseen, got {split!r}")
-    assistant = _load(model, None, None)
+    assistant = _load(model, None, None, own_world=True)
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
@@ -221,10 +223,22 @@ def evaluate(
             model or "nano",
             lambda name, done: bars.advance(tasks[name], done),
         )
+        from dycoke.evaluate.attention import looking
+
+        looked = min(count, LOOKED)
+        task = bars.add_task("where full looks", total=1)
+        look = looking(assistant, split, seed, looked, prune_layer)
+        bars.advance(task)
     results = storyqa.results(lines, scores)
     out.print(_accuracies(results, f"StoryQA, {count} {split} stories from seed {seed}"))
+    inside = look.inside / max(look.words, 1)
+    out.print(
+        f"words whose most attended frame lies in the event being told: {inside:.1%} of "
+        f"{look.words} (by chance {look.chance:.1%}), full model, {look.stories} stories"
+    )
     if json_file is not None:
         content = {"stories": count, "seed": seed, "split": split, "results": results}
+        content["attention"] = vars(look)
         json_file.write_text(json.dumps(content, indent=1) + "\n")
         if keep is not None:
             keep.unlink(missing_ok=True)
@@ -239,19 +253,11 @@ def flops() -> None:
     table.add_column("size", no_wrap=True)
     for name in costs.PAPER_SETTINGS:
         table.add_column(name, justify="right")
-    for size, shape in costs.PAPER_SHAPES.items():
+    for size in costs.PAPER_SHAPES:
         row = []
-        for name, (merge, prune) in costs.PAPER_SETTINGS.items():
-            total = costs.flops(
-                costs.PAPER_TOKENS,
-                shape.hidden_size,
-                shape.intermediate_size,
-                shape.num_layers,
-                retention=costs.nominal_retention(merge),
-                prune_ratio=prune,
-            ).total
-            paper = costs.PAPER_TFLOPS[size].get(name)
-            row.append(f"{total / 1e12:.1f} ({'-' if paper is None else paper})")
+        for name in costs.PAPER_SETTINGS:
+            paper = costs.PAPER_TFLOPS[size].get(name, "-")
+            row.append(f"{costs.paper_setting(size, name).total / 1e12:.1f} ({paper})")
         table.add_row(size, *row)
     out.print(table)
 
@@ -282,7 +288,9 @@ def _settings(merge_ratio: float, prune_ratio: float, prune_layer: int) -> Compr
         raise BadInput(str(error)) from None
 
 
-def _load(model: str | None, device: str | None, dtype: str | None) -> Assistant:
+def _load(
+    model: str | None, device: str | None, dtype: str | None, own_world: bool = False
+) -> Assistant:
     if model is not None and not Path(model).is_dir() and _looks_like_a_path(model):
         raise BadInput(f"no model at {model}: there is no such directory")
     with err.status("loading the model"):
@@ -296,6 +304,11 @@ def _load(model: str | None, device: str | None, dtype: str | None) -> Assistant
             err.print(
                 "note: the embedded model has random weights for now, so its words mean nothing; "
                 "name a real one with --model"
+            )
+        elif model is None and not own_world:
+            err.print(
+                "note: the embedded model only knows its own little world of moving shapes; for "
+                "any other clip name a real one with --model"
             )
         try:
             return Assistant.load(model, device, dtype)

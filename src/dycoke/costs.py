@@ -98,3 +98,16 @@ def flops(
     context = new_tokens * attended + new_tokens * (new_tokens - 1) / 2
     decode = layers * (new_tokens * (4 * d**2 + 2 * d * m) + 2 * d * context)
     return Flops(prefill=float(prefill), decode=float(decode))
+
+
+def paper_setting(size: str, setting: str) -> Flops:
+    """FLOPs of a line of the paper's table, such as ("7B", "K=0.7 P=0.7"), nominal counts."""
+    shape, (merge_ratio, prune_ratio) = PAPER_SHAPES[size], PAPER_SETTINGS[setting]
+    return flops(
+        PAPER_TOKENS,
+        shape.hidden_size,
+        shape.intermediate_size,
+        shape.num_layers,
+        retention=nominal_retention(merge_ratio),
+        prune_ratio=prune_ratio,
+    )
