@@ -108,7 +108,7 @@ class Tally:
         """Make the report now and let go of the tensors."""
         self.frozen = self.report()
         if self.cache is None or self.cache() is None:
-            self.visual = None
+            self.visual = self.trace = None
 
     def report(self) -> Report:
         if self.frozen is not None:
