@@ -170,26 +170,12 @@ def test_controls_keep_what_dycoke_keeps(frames: int, ratio: float) -> None:
 
 
 def test_words_belong_to_the_event_they_tell() -> None:
-    tokens = [
-        "a",
-        "red",
-        "circle",
-        "moves",
-        "left",
-        ",",
-        "then",
-        "a",
-        "blue",
-        "square",
-        "turns",
-        "green",
-        "<|im_end|>",
-    ]
+    text = "a red circle moves left , then a blue square turns green <|im_end|>"
     expected = [None, 0, 0, 0, 0, None, None, None, 1, 1, 1, 1, None]
-    assert told_events(tokens) == expected
+    assert told_events(text.split(" ")) == expected
 
 
-def test_looking_reads_the_trace(monkeypatch: Any) -> None:
+def test_looking_reads_the_trace() -> None:
     """A model that looks at the first frame of each event, and one that never does."""
     from types import SimpleNamespace
 

@@ -115,6 +115,16 @@ def test_the_trace_equals_the_oracle(family: str, merge: float) -> None:
     assert all(0 < a.sum() < 1 and a.shape == (len(visual),) for a in sample.attention)
 
 
+def test_only_the_last_trace_is_kept() -> None:
+    model, inputs = model_of("llava_onevision"), inputs_of("llava_onevision", [[3]], [(3, 4)])
+    with DyCoke()(model, trace=True) as run:
+        for _ in range(3):
+            generate(model, inputs, tokens=2)
+        engine = run._engine
+        assert [tally.trace is None for tally in engine.tallies] == [True, True, False]
+    assert run.trace is not None
+
+
 def test_without_trace_nothing_is_kept() -> None:
     model, inputs = model_of("llava_onevision"), inputs_of("llava_onevision", [[3]], [(3, 4)])
     with DyCoke()(model) as run:
