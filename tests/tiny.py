@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     SiglipVisionConfig,
 )
 
@@ -36,7 +43,7 @@ TEXT = {
 
 
 def llava_onevision(attention: str = "sdpa", layers: int = 5, seed: int = 0) -> Any:
-    """N = 4 or 9 tokens per frame come from a side of 4 or 6 patches, pooled 2 x 2."""
+    """A side of 6 patches, pooled 2 x 2: 9 tokens per frame."""
     config = LlavaOnevisionConfig(
         text_config=Qwen2Config(**{**TEXT, "num_hidden_layers": layers}),
         vision_config=SiglipVisionConfig(
@@ -58,17 +65,63 @@ def llava_onevision(attention: str = "sdpa", layers: int = 5, seed: int = 0) -> 
     return _build(LlavaOnevisionForConditionalGeneration, config, attention, seed)
 
 
+def llava_next_video(attention: str = "sdpa", layers: int = 5, seed: int = 0) -> Any:
+    """A side of 6 patches and a class token, pooled 2 x 2: 9 tokens per frame."""
+    config = LlavaNextVideoConfig(
+        text_config=LlamaConfig(**{**TEXT, "num_hidden_layers": layers}),
+        vision_config=CLIPVisionConfig(
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=24,
+            patch_size=4,
+        ),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_grid_pinpoints=[[24, 24]],
+    )
+    return _build(LlavaNextVideoForConditionalGeneration, config, attention, seed)
+
+
+def qwen2_vl(attention: str = "sdpa", layers: int = 5, seed: int = 0) -> Any:
+    config = Qwen2VLConfig(
+        text_config=_qwen_text(layers),
+        vision_config={
+            "depth": 2,
+            "embed_dim": 24,
+            "hidden_size": TEXT["hidden_size"],
+            "mlp_ratio": 2,
+            "num_heads": 2,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "initializer_range": 0.3,
+        },
+        **QWEN_TOKENS,
+    )
+    return _build(Qwen2VLForConditionalGeneration, config, attention, seed)
+
+
+def _qwen_text(layers: int) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    return {**TEXT, "num_hidden_layers": layers, "rope_parameters": rope}
+
+
+QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+    "pad_token_id": 0,
+}
+
+
 def qwen2_5_vl(attention: str = "sdpa", layers: int = 5, seed: int = 0) -> Any:
     config = Qwen2_5_VLConfig(
-        text_config={
-            **TEXT,
-            "num_hidden_layers": layers,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [1, 1, 2],
-            },
-        },
+        text_config=_qwen_text(layers),
         vision_config={
             "depth": 2,
             "hidden_size": 24,
@@ -83,11 +136,7 @@ def qwen2_5_vl(attention: str = "sdpa", layers: int = 5, seed: int = 0) -> Any:
             "tokens_per_second": 2,
             "initializer_range": 0.3,
         },
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-        pad_token_id=0,
+        **QWEN_TOKENS,
     )
     return _build(Qwen2_5_VLForConditionalGeneration, config, attention, seed)
 
@@ -104,15 +153,6 @@ def _build(cls: Any, config: Any, attention: str, seed: int) -> Any:
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
-
-
-@dataclass
-class Clip:
-    """One video of a prompt: its placeholders' frames, and N tokens each."""
-
-    frames: int
-    pixels: torch.Tensor
-    grid: tuple[int, int]
 
 
 def _pad(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,19 +174,23 @@ def slow_noise(generator: torch.Generator, frames: int, *shape: int) -> torch.Te
 
 
 def llava_inputs(
-    videos: Sequence[Sequence[int]], text: Sequence[tuple[int, int]], seed: int = 0
+    videos: Sequence[Sequence[int]],
+    text: Sequence[tuple[int, int]],
+    seed: int = 0,
+    newline: int = 1,
 ) -> dict[str, Any]:
-    """Inputs for `llava_onevision`.
+    """Inputs for the LLaVA families.
 
     videos: per sample, the frame counts of its videos (all equal: stock takes one tensor).
     text: per sample, tokens before and after the videos.
+    newline: placeholders after a video.
     """
     g = torch.Generator().manual_seed(seed + 1)
     rows, pixels = [], []
     for counts, (before, after) in zip(videos, text, strict=True):
         row = _text(g, before)
         for frames in counts:
-            row += [VIDEO] * (frames * 9 + 1)
+            row += [VIDEO] * (frames * 9 + newline)
             pixels.append(slow_noise(g, frames, 3, 24, 24))
         rows.append(row + _text(g, after))
     ids, mask = _pad(rows)
@@ -160,7 +204,7 @@ def llava_inputs(
 def qwen_inputs(
     videos: Sequence[Sequence[int]], text: Sequence[tuple[int, int]], seed: int = 0
 ) -> dict[str, Any]:
-    """Inputs for `qwen2_5_vl`; frame counts are temporal slices, 2 x 3 tokens each."""
+    """Inputs for the Qwen2 families; frame counts are temporal slices, 2 x 3 tokens each."""
     g = torch.Generator().manual_seed(seed + 1)
     height, width = 4, 6
     rows, pixels, grids = [], [], []
@@ -198,6 +242,15 @@ FAMILIES = {
     f.name: f
     for f in (
         Family("llava_onevision", llava_onevision, llava_inputs, 9, "1-D", False),
+        Family(
+            "llava_next_video",
+            llava_next_video,
+            functools.partial(llava_inputs, newline=0),
+            9,
+            "1-D",
+            False,
+        ),
+        Family("qwen2_vl", qwen2_vl, qwen_inputs, 6, "3-D", True),
         Family("qwen2_5_vl", qwen2_5_vl, qwen_inputs, 6, "3-D", True),
     )
 }

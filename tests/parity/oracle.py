@@ -149,12 +149,12 @@ class Oracle:
         """Features per video as scattered, positions of the whole prompt, the next position."""
         length = inputs["input_ids"].shape[1]
         pixels = inputs["pixel_values_videos"]
-        if self.family == "llava_onevision":
+        if self.family.startswith("llava"):
             rows = core.get_video_features(pixels, return_dict=True).pooler_output
-            n = 9
-            frames = rows.shape[1] // n
-            newline = core.image_newline[None]
-            features = [torch.cat([video[: frames * n], newline]) for video in rows]
+            rows = [video.reshape(-1, video.shape[-1]) for video in rows]
+            features = [video[: len(video) // 9 * 9] for video in rows]
+            if self.family == "llava_onevision":
+                features = [torch.cat([video, core.image_newline[None]]) for video in features]
             return features, torch.arange(length), length
         grid = inputs["video_grid_thw"]
         features = list(core.get_video_features(pixels, grid, return_dict=True).pooler_output)
@@ -170,7 +170,7 @@ class Oracle:
     def text(self, tokens: list[int]) -> None:
         """A new turn's tokens: they attend to everything."""
         embeddings = self.model.model.get_input_embeddings()
-        if self.family == "qwen2_5_vl":
+        if self.family.startswith("qwen"):
             self.next_position = self.length + self.delta
         for token in tokens:
             self.rows.append(Row(embeddings(torch.tensor(token)).detach(), self._advance(), False))
@@ -179,7 +179,7 @@ class Oracle:
         position = torch.tensor(self.next_position)
         self.next_position += 1
         self.length += 1
-        return position.repeat(3) if self.family == "qwen2_5_vl" else position
+        return position.repeat(3) if self.family.startswith("qwen") else position
 
     # The model, with a mask per layer
 

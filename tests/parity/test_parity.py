@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,6 @@ from support import BACKENDS, answer, close, compressed, families, generate, inp
 from dycoke import DyCoke
 
 RATIOS = ((0.7, 0.0), (0.0, 0.7), (0.7, 0.7))
-NAMES = {"threshold": "refresh_threshold"}
 
 
 def settings_of(K: float, P: float, L: int = 3, **options: Any) -> DyCoke:
@@ -37,17 +37,38 @@ def ask_oracle(
     return judge.generate(8), judge
 
 
+MARGIN = 1e-5
+TRIES = 25
+
+
+def with_margin(start: int, attempt: Callable[[int], list[oracle.Answer]]) -> Any:
+    """The first seed from ``start`` on where no decision of the oracle hangs on rounding.
+
+    Near-ties would let rounding decide, and the comparison say nothing. The oracle alone chooses.
+    """
+    for seed in range(start, start + 100 * TRIES, 100):
+        answers = attempt(seed)
+        if min(answer.margins.least for answer in answers) > MARGIN:
+            return seed, answers
+    raise AssertionError(f"no seed of {TRIES} from {start} has margins above {MARGIN}")
+
+
 @cache
-def cached_oracle(
-    family: str, seed: int, frames: int, K: float, P: float, L: int = 3, **options: Any
-) -> oracle.Answer:
-    inputs = inputs_of(family, [[frames]], [(5, 7)], seed)
-    return ask_oracle(model_of(family, seed=seed), family, inputs, K, P, L, **options)[0]
+def single(
+    family: str, start: int, frames: int, K: float, P: float, L: int = 3, **options: Any
+) -> tuple[int, oracle.Answer]:
+    """Seed and expected answer for one sample."""
+
+    def attempt(seed: int) -> list[oracle.Answer]:
+        inputs = inputs_of(family, [[frames]], [(5, 7)], seed)
+        return [ask_oracle(model_of(family, seed=seed), family, inputs, K, P, L, **options)[0]]
+
+    seed, answers = with_margin(start, attempt)
+    return seed, answers[0]
 
 
 def check(expected: oracle.Answer, output: Any, inputs: Any, report: Any, sample: int = 0) -> None:
-    # Near-ties would let rounding decide, and the comparison say nothing.
-    assert expected.margins.least > 1e-5, "choose another seed: a decision hung on rounding"
+    assert expected.margins.least > MARGIN
     assert answer(output, inputs)[sample] == expected.ids
     close(torch.stack([step[sample] for step in output.logits]), torch.stack(expected.logits))
     row = report.samples[sample]
@@ -62,8 +83,8 @@ def check(expected: oracle.Answer, output: Any, inputs: Any, report: Any, sample
 def test_every_backend_equals_the_oracle(
     family: str, backend: str, seed: int, K: float, P: float
 ) -> None:
+    seed, expected = single(family, seed, 7, K, P)
     inputs = inputs_of(family, [[7]], [(5, 7)], seed)
-    expected = cached_oracle(family, seed, 7, K, P)
     output, run = compressed(model_of(family, backend, seed), settings_of(K, P), inputs)
     check(expected, output, inputs, run.report)
     if P:
@@ -93,9 +114,9 @@ def test_every_backend_equals_the_oracle(
 def test_every_setting_equals_the_oracle(
     family: str, frames: int, L: int, options: dict[str, Any]
 ) -> None:
-    inputs = inputs_of(family, [[frames]], [(5, 7)], seed=3)
-    expected = cached_oracle(family, 3, frames, 0.7, 0.7, L, **options)
-    model = model_of(family, seed=3)
+    seed, expected = single(family, 3, frames, 0.7, 0.7, L, **options)
+    inputs = inputs_of(family, [[frames]], [(5, 7)], seed)
+    model = model_of(family, seed=seed)
     output, run = compressed(model, settings_of(0.7, 0.7, L, **options), inputs)
     check(expected, output, inputs, run.report)
 
@@ -104,8 +125,8 @@ def test_every_setting_equals_the_oracle(
 @pytest.mark.parametrize(("K", "P"), RATIOS)
 def test_compact_positions_equal_the_oracle(seed: int, K: float, P: float) -> None:
     family = "llava_onevision"
+    seed, expected = single(family, seed, 7, K, P, compact=True)
     inputs = inputs_of(family, [[7]], [(5, 7)], seed)
-    expected = cached_oracle(family, seed, 7, K, P, compact=True)
     output, run = compressed(model_of(family, seed=seed), settings_of(K, P, compact=True), inputs)
     check(expected, output, inputs, run.report)
 
@@ -117,7 +138,7 @@ def alone(family: str, videos: Any, text: Any, sample: int, batch: dict[str, Any
     before = sum(len(v) for v in videos[:sample])
     mine = slice(before, before + len(videos[sample]))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if family == "qwen2_5_vl":
+    if family.startswith("qwen"):
         rows = batch["video_grid_thw"].prod(-1).tolist()
         pixels = batch["pixel_values_videos"].split(rows)
         inputs["pixel_values_videos"] = torch.cat(pixels[mine])
@@ -135,10 +156,6 @@ def alone(family: str, videos: Any, text: Any, sample: int, batch: dict[str, Any
 def test_a_left_padded_batch_equals_each_sample_alone(
     family: str, backend: str, kind: str, K: float, P: float
 ) -> None:
-    # Seeds whose decisions have margins, in every sample.
-    seed = {("qwen2_5_vl", "unequal text"): 8, ("qwen2_5_vl", "two videos"): 9}.get(
-        (family, kind), 6
-    )
     text = [(5, 7), (2, 3), (11, 1)]
     videos = {
         "unequal text": [[6], [6], [6]],
@@ -148,19 +165,24 @@ def test_a_left_padded_batch_equals_each_sample_alone(
     }[kind]
     if kind == "unequal videos" and not tiny.FAMILIES[family].unequal_videos:
         pytest.skip("the stock model takes one tensor of equally long videos")
+    filled = [i for i, counts in enumerate(videos) if counts]
+
+    def attempt(seed: int) -> list[oracle.Answer]:
+        batch, model = inputs_of(family, videos, text, seed), model_of(family, seed=seed)
+        singles = [alone(family, videos, text, i, batch) for i in filled]
+        return [ask_oracle(model, family, inputs, K, P)[0] for inputs in singles]
+
+    seed, answers = with_margin(6, attempt)
     batch = inputs_of(family, videos, text, seed)
     output, run = compressed(model_of(family, backend, seed), settings_of(K, P), batch)
     report = run.report
     assert report is not None
     assert len(report.samples) == 3
-    for sample, counts in enumerate(videos):
-        assert [v.frames for v in report.samples[sample].videos] == counts
-        if not counts:
-            assert report.samples[sample].visual_tokens == 0
-            continue
-        single = alone(family, videos, text, sample, batch)
-        expected, _ = ask_oracle(model_of(family, seed=seed), family, single, K, P)
-        check(expected, output, batch, report, sample)
+    for i, counts in enumerate(videos):
+        assert [v.frames for v in report.samples[i].videos] == counts
+        assert bool(report.samples[i].visual_tokens) == bool(counts)
+    for i, expected in zip(filled, answers, strict=True):
+        check(expected, output, batch, report, i)
 
 
 @families
@@ -168,18 +190,25 @@ def test_a_left_padded_batch_equals_each_sample_alone(
 @pytest.mark.parametrize(("K", "P"), RATIOS)
 def test_a_follow_up_turn_equals_the_oracle(family: str, backend: str, K: float, P: float) -> None:
     """The returned cache goes into the next generate, which sees the whole kept video again."""
-    seed = 7
+    question = [7, 8, 9, 10]
+
+    def attempt(seed: int) -> list[oracle.Answer]:
+        inputs = inputs_of(family, [[7]], [(5, 7)], seed)
+        first, judge = ask_oracle(model_of(family, seed=seed), family, inputs, K, P)
+        judge.text([judge.pending, *question])
+        before = judge.margins.least
+        second = judge.generate(8)
+        assert second.margins.least <= before  # of both turns
+        return [first, second]
+
+    seed, (first, second) = with_margin(7, attempt)
     inputs = inputs_of(family, [[7]], [(5, 7)], seed)
     model = model_of(family, backend, seed)
-    first, judge = ask_oracle(model_of(family, seed=seed), family, inputs, K, P)
-    question = [7, 8, 9, 10]
-    judge.text([judge.pending, *question])
-    second = judge.generate(8)
     with settings_of(K, P)(model) as run:
         out = generate(model, inputs)
         longer = torch.cat([out.sequences, torch.tensor([question])], dim=1)
         follow = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
-        if family == "qwen2_5_vl":
+        if family.startswith("qwen"):
             follow["mm_token_type_ids"] = (longer == tiny.VIDEO).long() * 2
         again = generate(model, follow, past_key_values=out.past_key_values)
     reports = run.reports
@@ -192,12 +221,20 @@ def test_a_follow_up_turn_equals_the_oracle(family: str, backend: str, K: float,
 @pytest.mark.parametrize(("K", "P"), RATIOS)
 def test_float64_is_tighter(family: str, K: float, P: float) -> None:
     """What is left is the float32 softmax and norms of the stock models."""
-    model = tiny.FAMILIES[family].model("sdpa", seed=2).double()
-    inputs = inputs_of(family, [[7]], [(5, 7)], 2)
-    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].double()
-    expected, _ = ask_oracle(model, family, inputs, K, P)
+
+    def build(seed: int) -> tuple[Any, dict[str, Any]]:
+        model = tiny.FAMILIES[family].model("sdpa", seed=seed).double()
+        inputs = inputs_of(family, [[7]], [(5, 7)], seed)
+        inputs["pixel_values_videos"] = inputs["pixel_values_videos"].double()
+        return model, inputs
+
+    def attempt(seed: int) -> list[oracle.Answer]:
+        model, inputs = build(seed)
+        return [ask_oracle(model, family, inputs, K, P)[0]]
+
+    seed, (expected,) = with_margin(2, attempt)
+    model, inputs = build(seed)
     output, _ = compressed(model, settings_of(K, P), inputs)
-    assert expected.margins.least > 1e-6
     assert answer(output, inputs)[0] == expected.ids
     # generate hands logits out as float32
     close(torch.cat(output.logits), torch.stack(expected.logits).float(), 2e-5)

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: a video is one run of placeholders; two frames make one temporal slice."""
+"""Qwen2-VL and Qwen2.5-VL: a video is one run of placeholders; two frames make one slice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from dycoke.errors import UnsupportedError
 from dycoke.models import Prompt, VideoSpan
 
-MODEL_TYPES = ("qwen2_5_vl",)
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 ROPE = "3-D"
 
 

@@ -1,0 +1,23 @@
+"""LLaVA-NeXT-Video: a video is one run of F * N placeholders."""
+
+from __future__ import annotations
+
+from dycoke.models import Prompt, VideoSpan
+
+MODEL_TYPES = ("llava_next_video",)
+ROPE = "1-D"
+
+
+def layout(prompt: Prompt) -> list[VideoSpan]:
+    vision = prompt.config.vision_config
+    side = vision.image_size // vision.patch_size // prompt.config.spatial_pool_stride
+    rows = prompt.encoded
+    if rows is None:
+        pixels = prompt.inputs.get("pixel_values_videos")
+        if pixels is None:
+            return []
+        rows = [pixels.shape[1] * side * side] * pixels.shape[0]
+    return [
+        VideoSpan(sample, prompt.frames(places, side * side), (side, side))
+        for sample, places in prompt.split(prompt.config.video_token_id, rows)
+    ]

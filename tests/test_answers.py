@@ -1,0 +1,50 @@
+"""The embedded model must still answer right, full and compressed, all the way from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dycoke import DyCoke, nano
+from dycoke.assistant import Assistant
+from dycoke.nano import stories
+
+pytestmark = pytest.mark.skipif(not nano.is_trained(), reason="nano has random weights")
+
+# Stories that the shipped weights told and answered right when they were chosen, in both ways:
+# a change that spoils answers shows here. Accuracy is measured by `dycoke eval`.
+TOLD: tuple[int, ...] = ()
+ASKED: tuple[tuple[int, int], ...] = ()  # story and number of the question
+
+ways = pytest.mark.parametrize("compressor", [None, DyCoke(0.5, 0.5)], ids=["full", "DyCoke"])
+
+
+@pytest.fixture(scope="module")
+def assistant() -> Assistant:
+    return Assistant.load(device="cpu")
+
+
+def clip(seed: int, folder: Path) -> tuple[stories.Story, Path]:
+    story = stories.make("seen", seed)
+    return story, stories.write(story, folder / f"{seed}.mp4")
+
+
+@ways
+@pytest.mark.parametrize("seed", TOLD)
+def test_stories_are_told(seed: int, compressor: Any, assistant: Assistant, tmp_path: Path) -> None:
+    story, path = clip(seed, tmp_path)
+    answer = assistant.ask(path, stories.DESCRIBE[0], compressor, frames=stories.FRAMES)
+    assert answer.text == stories.describe(story)
+
+
+@ways
+@pytest.mark.parametrize(("seed", "number"), ASKED)
+def test_questions_are_answered(
+    seed: int, number: int, compressor: Any, assistant: Assistant, tmp_path: Path
+) -> None:
+    story, path = clip(seed, tmp_path)
+    question, truth = stories.questions(story)[number]
+    answer = assistant.ask(path, question, compressor, frames=stories.FRAMES)
+    assert stories.same_answer(answer.text, truth)
