@@ -467,3 +467,20 @@ def test_no_warnings_in_a_plain_run() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compressed(model, DyCoke(), inputs)
+
+
+@families
+def test_attentions_and_hidden_states_can_be_asked_for(family: str) -> None:
+    """Maps of pruned layers are as wide as what they attend to."""
+    model, inputs = model_of(family, "eager"), inputs_of(family, *ONE)
+    plain, _ = compressed(model, DyCoke(), inputs, tokens=3)
+    with DyCoke()(model) as run:
+        out = generate(model, inputs, tokens=3, output_attentions=True, output_hidden_states=True)
+    assert torch.equal(out.sequences, plain.sequences)
+    assert run.report is not None
+    sample = run.report.samples[0]
+    rows = inputs["input_ids"].shape[1] - sample.visual_tokens + sample.kept_tokens
+    bank = sample.kept_tokens - sample.active_tokens
+    assert [a.shape[-1] for a in out.attentions[0]] == [rows] * 5
+    assert [a.shape[-1] for a in out.attentions[1]] == [rows + 1] * 3 + [rows + 1 - bank] * 2
+    assert out.hidden_states[0][0].shape[1] == rows
