@@ -302,7 +302,8 @@ class Engine:
         if step is not None and output is not None:
             if step.cache is not None:
                 step.cache.generation.length += step.length
-            cache = getattr(output, "past_key_values", None)
+            made = getattr(output, "past_key_values", None)
+            cache = made if step.cache is None else step.cache
             step.tally.after_forward(cache, step.length, step.counts)
         self._release()
 
