@@ -443,6 +443,25 @@ def test_an_unknown_family_lists_the_known_ones() -> None:
         dycoke.apply(model, DyCoke())
 
 
+def test_a_layout_of_ones_own_serves_an_unknown_family() -> None:
+    """A made-up family: the same prompt, under a name that nobody knows."""
+    model = tiny.FAMILIES["llava_onevision"].model()
+    inputs = inputs_of("llava_onevision", *ONE)
+    expected, _ = compressed(model, DyCoke(), inputs)
+    model.config.model_type = "made_up"
+    with pytest.raises(UnsupportedError, match=r"'made_up' is not known.*pass layout="):
+        dycoke.apply(model, DyCoke())
+
+    def layout(prompt: Any) -> list[dycoke.VideoSpan]:
+        places = (prompt.input_ids[0] == tiny.VIDEO).nonzero()[:-1, 0]
+        return [dycoke.VideoSpan(0, places.view(-1, 9), (3, 3))]
+
+    with untouched(model), DyCoke()(model, layout=layout) as run:
+        output = generate(model, inputs)
+    assert torch.equal(output.sequences, expected.sequences)
+    assert run.report is not None and run.report.samples[0].frames == 7
+
+
 def test_a_prompt_that_was_cut_is_refused() -> None:
     model, inputs = model_of("llava_onevision"), inputs_of("llava_onevision", *ONE)
     inputs["input_ids"][0, 6] = 3  # one placeholder less

@@ -18,6 +18,7 @@ from torch import Tensor
 from dycoke.checks import check_count, check_number, check_ratio
 from dycoke.engine import Engine, engine_of
 from dycoke.merging import merge_mask, merge_mean
+from dycoke.models import Layout
 from dycoke.report import Report
 from dycoke.rows import Visual
 from dycoke.selection import needs_refresh, top_mask
@@ -92,20 +93,23 @@ class Compressor(ABC):
         refreshed : Tensor, bool, shape (B,)
         """
 
-    def __call__(self, model: Any, trace: bool = False) -> AbstractContextManager[Run]:
+    def __call__(
+        self, model: Any, trace: bool = False, layout: Layout | None = None
+    ) -> AbstractContextManager[Run]:
         """Compress what ``model`` generates inside a ``with`` block.
 
         Parameters
         ----------
         model : a transformers model of a known family.
         trace : keep masks, active sets and attention of the last generation in ``run.trace``.
+        layout : finds the videos of a prompt, for a family that is not known here.
 
         Raises
         ------
         UnsupportedError
             Where this cannot work on this model, with the way out.
         """
-        return _applied(model, self, trace)
+        return _applied(model, self, trace, layout)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings, ready for JSON."""
@@ -125,16 +129,19 @@ class Compressor(ABC):
 
 
 @contextmanager
-def _applied(model: Any, compressor: Compressor, trace: bool) -> Iterator[Run]:
-    engine = Engine(model, compressor, trace)
-    engine.install()
+def _applied(
+    model: Any, compressor: Compressor, trace: bool, layout: Layout | None
+) -> Iterator[Run]:
+    run = apply(model, compressor, trace, layout)
     try:
-        yield Run(engine)
+        yield run
     finally:
-        engine.remove()
+        run._engine.remove()
 
 
-def apply(model: Any, compressor: Compressor, trace: bool = False) -> Run:
+def apply(
+    model: Any, compressor: Compressor, trace: bool = False, layout: Layout | None = None
+) -> Run:
     """Compress what ``model`` generates from now on, until `remove`.
 
     Raises
@@ -142,7 +149,7 @@ def apply(model: Any, compressor: Compressor, trace: bool = False) -> Run:
     UnsupportedError
         Where this cannot work on this model, or it is compressed already.
     """
-    engine = Engine(model, compressor, trace)
+    engine = Engine(model, compressor, trace, layout)
     engine.install()
     return Run(engine)
 

@@ -25,7 +25,7 @@ from transformers import DynamicCache
 from dycoke.attention import Override, attention_of, native_mask, query_scores
 from dycoke.cache import DycokeCache, Generation, adopt, check_cache
 from dycoke.errors import UnsupportedError
-from dycoke.models import Prompt, VideoSpan, encoded_rows, family_of
+from dycoke.models import Layout, Prompt, VideoSpan, encoded_rows, family_of
 from dycoke.report import Report
 from dycoke.rows import Visual
 from dycoke.shorten import shorten
@@ -106,7 +106,9 @@ class Engine:
     generation.
     """
 
-    def __init__(self, model: Any, method: Method, trace: bool = False) -> None:
+    def __init__(
+        self, model: Any, method: Method, trace: bool = False, layout: Layout | None = None
+    ) -> None:
         for name in ("get_decoder", "config", "base_model"):
             if not hasattr(model, name):
                 raise TypeError(
@@ -115,7 +117,9 @@ class Engine:
         self.model, self.method, self.trace = model, method, trace
         self.base: Any = model.base_model
         self.decoder: Any = model.get_decoder()
-        self.family = family_of(self.base.config)
+        family = family_of(self.base.config) if layout is None else None
+        self.layout: Layout = layout or family.layout  # type: ignore[union-attr]
+        self.rope: str | None = getattr(family, "ROPE", None)
         self.implementation = self.decoder.config._attn_implementation
         self.tallies: deque[Tally] = deque(maxlen=100)
         self.step: Step | None = None
@@ -134,7 +138,7 @@ class Engine:
                 f"prune_layer={method.prune_layer} leaves no layer to prune: the decoder has "
                 f"{layers} layers; choose 1 to {layers - 1}, or prune_ratio=0"
             )
-        if method.positions == "compact" and self.family.ROPE != "1-D":
+        if method.positions == "compact" and self.rope == "3-D":
             raise UnsupportedError(
                 f"positions='compact' renumbers 1-D positions, and {self.base.config.model_type} "
                 "has 3-D ones; use positions='original'"
@@ -252,7 +256,7 @@ class Engine:
         if encoded is None and inputs.get("pixel_values_videos") is None:
             several = getattr(self._local, "several", False)
             # One wait for the device, at prefill only. Candidates may repeat a placeholder.
-            if ids.shape[1] > 1 and not several and (ids == module.config.video_token_id).any():
+            if ids.shape[1] > 1 and not several and _holds_video(module.config, ids):
                 raise UnsupportedError(
                     "the prompt has video placeholders and no video came with them; pass the "
                     "processor's whole output, and prefill at once, without prefill_chunk_size"
@@ -264,7 +268,7 @@ class Engine:
                 "without prefill_chunk_size, and start a new cache for a new video"
             )
         prompt = Prompt(module.config, ids, inputs.get("position_ids"), inputs, encoded)
-        spans: list[VideoSpan] = self.family.layout(prompt)
+        spans = self.layout(prompt)
         if not spans:
             raise _Untouched(NO_VIDEO)
         return spans
@@ -500,6 +504,11 @@ ASSISTED = (
     "assisted and prompt-lookup decoding check several tokens in one forward, which attends to "
     "everything: with prune_ratio > 0 the answer would differ; use prune_ratio=0, or decode plainly"
 )
+
+
+def _holds_video(config: Any, ids: Tensor) -> bool:
+    token = getattr(config, "video_token_id", None)
+    return token is not None and bool((ids == token).any())
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

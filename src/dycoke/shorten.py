@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dycoke.errors import UnsupportedError
 from dycoke.models import VideoSpan
 from dycoke.rows import Arrangement, arrange
 
@@ -75,6 +76,11 @@ def _positions(position_ids: Tensor, rows: Arrangement, compact: bool) -> Tensor
     """Positions of the rows that stay: (..., B or 1, S) -> (..., B, R)."""
     position_ids = position_ids.expand(*position_ids.shape[:-2], len(rows.source), -1)
     if compact:
+        if position_ids.ndim > 2:
+            raise UnsupportedError(
+                "positions='compact' renumbers 1-D positions, and this model has "
+                f"{position_ids.shape[0]} rows of them; use positions='original'"
+            )
         position_ids = position_ids - rows.dropped.to(position_ids.device)
     source = rows.source.to(position_ids.device)
     return position_ids.gather(-1, source.expand(*position_ids.shape[:-1], -1))

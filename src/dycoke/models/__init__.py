@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -112,6 +112,10 @@ class Prompt:
         return positions.view(-1, tokens_per_frame)
 
 
+Layout = Callable[[Prompt], list[VideoSpan]]
+"""Finds the videos of a prompt; a family's own, or one that a user passes."""
+
+
 def encoded_rows(mm_encoder_outputs: Any) -> list[int] | None:
     """Rows per video of `generate`'s pre-encoded features; None where there are none."""
     video = (mm_encoder_outputs or {}).get("video")
@@ -135,7 +139,9 @@ def family_of(config: Any) -> ModuleType:
         return families()[model_type]  # type: ignore[index]
     except KeyError:
         raise UnsupportedError(
-            f"the model family {model_type!r} is not known; known: {', '.join(sorted(families()))}"
+            f"the model family {model_type!r} is not known; known: "
+            f"{', '.join(sorted(families()))}; for another one pass layout=, a function that "
+            "takes a dycoke.models.Prompt and returns a VideoSpan per video"
         ) from None
 
 
