@@ -13,11 +13,12 @@ from dycoke.nano import stories
 
 pytestmark = pytest.mark.skipif(not nano.is_trained(), reason="nano has random weights")
 
-# Stories that the shipped weights told and answered right, in both ways, when they were chosen:
-# a change that spoils answers shows here. Accuracy is measured by `dycoke eval`.
-TOLD = (5000, 5003, 5009, 5010, 5011, 5012)
+# Stories that the shipped weights told and answered right, in both ways, when they were chosen, and
+# with every token's logit 1 or more above the next: rounding cannot spoil them, a mistake can.
+# Accuracy is measured by `dycoke eval`.
+TOLD = (5002, 5009, 5010, 5011, 5012)
 # Story, and number of the question.
-ASKED = ((5000, 5), (5002, 4), (5003, 5), (5005, 10), (5007, 4), (5008, 1), (5009, 8), (5010, 6))
+ASKED = ((5000, 5), (5002, 4), (5005, 10), (5007, 4), (5008, 1), (5009, 8), (5010, 6), (5011, 1))
 
 ways = pytest.mark.parametrize("compressor", [None, DyCoke(0.5, 0.5)], ids=["full", "DyCoke"])
 
