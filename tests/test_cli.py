@@ -160,6 +160,9 @@ def test_version_and_help(run: Any) -> None:
         (("run", "{clip}", "--dtype", "float99"), "unknown dtype 'float99'"),
         (("run", "{clip}", "--device", "nonsense"), "nonsense"),
         (("run", "{clip}", "--bogus"), "--bogus"),
+        (("eval", "--split", "new"), "--split must be seen or unseen, got 'new'"),
+        (("eval", "--merge-ratio", "1"), "merge_ratio must be in [0, 1), got 1.0"),
+        (("eval", "--settings", "nothing"), "no setting begins with 'nothing'; there are full"),
         (("run",), "video"),
         (("fly",), "fly"),
     ],
@@ -231,3 +234,25 @@ def test_every_real_clip_at_every_frame_count(run: Any, name: str, frames: int) 
         return
     assert code == 0, err
     assert json.loads(out)["report"]["samples"][0]["frames"] <= frames
+
+
+def test_eval_counts_and_writes_json(run: Any, tmp_path: Path) -> None:
+    file = tmp_path / "scores.json"
+    code, out, _ = run("eval", "--stories", 2, "--settings", "full,once", "--merge-ratio", 0.5,
+                       "--json", file)  # fmt: skip
+    assert code == 0
+    assert "describe" in out and "most attended frame" in out
+    content = json.loads(file.read_text())
+    assert list(content) == ["stories", "seed", "split", "results", "attention"]
+    assert [r["name"] for r in content["results"]] == ["full", "once K=0.5 P=0.7 L=3"]
+    assert content["results"][1]["settings"]["refresh_threshold"] == 0
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_demo_draws_its_picture(run: Any, tmp_path: Path) -> None:
+    picture = tmp_path / "demo.png"
+    code, out, _ = run("demo", "--seed", 2, "--picture", picture)
+    assert code == 0
+    for word in ("truth:", "full:", "DyCoke:", "ratio", "saved"):
+        assert word in out
+    assert picture.read_bytes().startswith(b"\x89PNG")

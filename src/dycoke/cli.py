@@ -186,6 +186,10 @@ def evaluate(
         str | None,
         typer.Option(help="Only lines whose names begin so, comma-separated: full,once,dycoke"),
     ] = None,
+    merge_ratio: Annotated[
+        float | None, typer.Option(help="Only this merge ratio [default: .3, .5 and .7]")
+    ] = None,
+    prune_ratio: Annotated[float, typer.Option(help="Share that a decode step leaves out.")] = 0.7,
     prune_layer: Annotated[int, typer.Option(help="First decoder layer that is pruned.")] = 3,
     model: Annotated[str | None, typer.Option(help="Directory of another nano model.")] = None,
     json_file: Annotated[
@@ -202,12 +206,16 @@ def evaluate(
 
     from dycoke.evaluate import storyqa
 
-    lines = storyqa.standard_settings(prune_layer=prune_layer)
+    ratios = (0.3, 0.5, 0.7) if merge_ratio is None else (merge_ratio,)
+    try:
+        lines = storyqa.standard_settings(ratios, prune_ratio, prune_layer)
+    except (TypeError, ValueError) as error:
+        raise BadInput(str(error)) from None
     if settings is not None:
         wanted = tuple(part.strip() for part in settings.split(",") if part.strip())
+        names = ", ".join(line.name for line in lines)
         lines = [line for line in lines if line.name.startswith(wanted)]
         if not lines:
-            names = ", ".join(line.name for line in storyqa.standard_settings())
             raise BadInput(f"no setting begins with {settings!r}; there are {names}")
     keep = None if json_file is None else json_file.with_name(json_file.name + ".partial")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

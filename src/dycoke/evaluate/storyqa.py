@@ -39,8 +39,10 @@ class Setting:
         return {} if self.compressor is None else self.compressor.to_dict()
 
 
-def standard_settings(prune_ratio: float = 0.7, prune_layer: int = 3) -> list[Setting]:
-    """Full, DyCoke at three merge ratios, and the controls at the last of them."""
+def standard_settings(
+    merge_ratios: Sequence[float] = (0.3, 0.5, 0.7), prune_ratio: float = 0.7, prune_layer: int = 3
+) -> list[Setting]:
+    """Full, DyCoke at some merge ratios, and the controls at the last of them."""
 
     def name(method: str, merge_ratio: float) -> str:
         return f"{method} K={merge_ratio} P={prune_ratio} L={prune_layer}"
@@ -48,14 +50,15 @@ def standard_settings(prune_ratio: float = 0.7, prune_layer: int = 3) -> list[Se
     lines = [Setting("full", "full", None)]
     lines += [
         Setting(name("dycoke", ratio), "dycoke", DyCoke(ratio, prune_ratio, prune_layer))
-        for ratio in (0.3, 0.5, 0.7)
+        for ratio in merge_ratios
     ]
+    last = merge_ratios[-1]
     controls: dict[str, Compressor] = {
-        "random": RandomTokens(0.7, prune_ratio, prune_layer),
-        "fewer-frames": FewerFrames(0.7, prune_ratio, prune_layer),
-        "once": DyCoke(0.7, prune_ratio, prune_layer, refresh_threshold=0),
+        "random": RandomTokens(last, prune_ratio, prune_layer),
+        "fewer-frames": FewerFrames(last, prune_ratio, prune_layer),
+        "once": DyCoke(last, prune_ratio, prune_layer, refresh_threshold=0),
     }
-    lines += [Setting(name(method, 0.7), method, c) for method, c in controls.items()]
+    lines += [Setting(name(method, last), method, c) for method, c in controls.items()]
     return lines
 
 
