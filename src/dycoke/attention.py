@@ -74,11 +74,6 @@ def _dispatch(module: Any, *args: Any, **kwargs: Any) -> Any:
 def _inner_function(module: Any) -> Callable[..., Any]:
     """The attention function this module uses now. "eager" lives beside the module's class."""
     implementation = module.config._attn_implementation
-    if implementation == "flex_attention":
-        raise UnsupportedError(
-            "FlexAttention's block masks cannot follow rows that move; load the model with "
-            'attn_implementation="sdpa" (or flash_attention_2, eager)'
-        )
     source = inspect.getmodule(inspect.unwrap(type(module).forward))
     source = source or sys.modules[type(module).__module__]
     eager = getattr(source, "eager_attention_forward", None)
