@@ -89,11 +89,11 @@ def test_everything_is_counted_once(assistant: Assistant, compressor: Any) -> No
     assert [n for _, n in total.ask] == [len(stories.questions(s)) for s in told]
     assert [n for _, n in total.describe] == [len(s.events) for s in told]
     prompts = sum(n for _, n in total.ask) + 3
-    assert total.visual == prompts * 16 * 36
+    assert total.visual == prompts * 24 * 36
     if compressor is None:
         assert total.kept == total.active == total.visual
     else:
-        kept = int(compressor.merge_tokens(torch.randn(16, 36, 8))[1].sum())
+        kept = int(compressor.merge_tokens(torch.randn(24, 36, 8))[1].sum())
         assert total.kept == prompts * kept
         assert total.active == prompts * int(0.3 * kept + 1e-6)
 
@@ -142,7 +142,7 @@ def test_an_evaluation_goes_on_where_it_stopped(assistant: Assistant, tmp_path: 
     assert table == again
     assert [row["name"] for row in table] == ["full", "dycoke K=0.7 P=0.7 L=3"]
     assert table[0]["retention"] == 1.0
-    assert table[1]["retention"] == pytest.approx((4 * 36 + 12 * 10) / (16 * 36))
+    assert table[1]["retention"] == pytest.approx((6 * 36 + 18 * 10) / (24 * 36))
     assert table[1]["settings"]["merge_ratio"] == 0.7
     assert set(table[1]["ask"]) == {"n", "correct", "low", "high", "to_full"}
     # Another seed is another evaluation.
@@ -192,17 +192,17 @@ def test_looking_reads_the_trace() -> None:
                 owners.append(story.events[event])
             attention = []
             for owner in owners[1:]:
-                step = torch.zeros(16)
+                step = torch.zeros(24)
                 step[looks_at(owner)] = 1.0
                 attention.append(step)
-            sample = SampleTrace([torch.ones(16, 1).bool()], [], attention)
+            sample = SampleTrace([torch.ones(24, 1).bool()], [], attention)
             return SimpleNamespace(tokens=tokens, trace=SimpleNamespace(samples=[sample]))
 
         return SimpleNamespace(ask=ask)
 
     always = looking(assistant_that(lambda e: e.start), "seen", 0, 5)
-    never = looking(assistant_that(lambda e: e.stop % 16), "seen", 0, 5)
+    never = looking(assistant_that(lambda e: e.stop % 24), "seen", 0, 5)
     assert always.inside == always.words == never.words > 20
     assert never.inside < never.words / 2
     assert 0.2 < always.chance < 0.8
-    assert clip_of(stories.make("seen", 0)).frames.shape == (16, 96, 96, 3)
+    assert clip_of(stories.make("seen", 0)).frames.shape == (24, 96, 96, 3)

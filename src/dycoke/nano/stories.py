@@ -53,12 +53,13 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 SIZE = 96
 """Side of a frame, in pixels."""
-FRAMES = 16
+FRAMES = 24
 """Frames of a story, unless asked otherwise."""
 FPS = 8
 """Frame rate of a written clip."""
 MAX_EVENTS = 4
 SHORTEST = 3  # frames; fewer would not tell blinking from vanishing
+ZOOM = (0.8, 1.8)  # how far the training stories are seen from, times the others' size
 
 PALETTE = {
     "red": (215, 40, 40),
@@ -195,7 +196,8 @@ def make(split: Split, seed: int, *, events: int | None = None, frames: int = FR
     ----------
     split : {"train", "seen", "unseen"}
         "train" and "seen" share the kinds of events and no seed; each event of an "unseen" story
-        is a colour-shape-action combination that the other two never contain.
+        is a colour-shape-action combination that the other two never contain. Training stories
+        are seen from nearer and from farther away, 0.8 to 1.8 times the size of the others.
     seed : int
         Any number >= 0.
     events : int, optional
@@ -215,19 +217,28 @@ def make(split: Split, seed: int, *, events: int | None = None, frames: int = FR
         raise ValueError(f"events must be 1 to {MAX_EVENTS}, got {count}")
     if frames < SHORTEST * count:
         raise ValueError(f"{count} events need at least {SHORTEST * count} frames, got {frames}")
+    zoom = 1.0
+    if split == "train":
+        zoom = float(np.exp(_rng(split, seed, 3).uniform(*np.log(ZOOM))))
 
-    spare = rng.multinomial(frames - SHORTEST * count, [1 / count] * count)
-    stops = np.cumsum(spare + SHORTEST).tolist()
+    shortest = max(SHORTEST, frames // 6)  # longer clips have longer events, not more of them
+    spare = rng.multinomial(frames - shortest * count, [1 / count] * count)
+    stops = np.cumsum(spare + shortest).tolist()
     taken: set[tuple[str, str]] = set()  # no colour and shape twice: "the red circle" is one thing
     told = []
     for start, stop in zip([0, *stops], stops, strict=False):
-        told.append(_event(rng, split == "unseen", taken, start, stop))
-    distractor = _distractor(rng, taken, told) if rng.random() < 0.5 else None
+        told.append(_event(rng, split == "unseen", taken, start, stop, zoom))
+    distractor = _distractor(rng, taken, told, zoom) if rng.random() < 0.5 else None
     return Story(split, seed, frames, tuple(told), distractor)
 
 
 def _event(
-    rng: np.random.Generator, unseen: bool, taken: set[tuple[str, str]], start: int, stop: int
+    rng: np.random.Generator,
+    unseen: bool,
+    taken: set[tuple[str, str]],
+    start: int,
+    stop: int,
+    zoom: float,
 ) -> Event:
     action = ACTIONS[rng.integers(len(ACTIONS))]
     while True:
@@ -252,14 +263,17 @@ def _event(
         radius, last = float(rng.uniform(7, 9)), float(rng.uniform(16, 20))
     elif action == "shrinks":
         radius, last = float(rng.uniform(16, 20)), float(rng.uniform(7, 9))
-    reach = max(radius, last) + 2 + np.abs(step) / 2  # stays inside the picture, shake included
+    radius, last = radius * zoom, last * zoom
+    margin = max(radius, last) + 2  # stays inside the picture, shake included
+    step = step.clip(2 * margin + 1 - SIZE, SIZE - 2 * margin - 1)
+    reach = margin + np.abs(step) / 2
     middle = rng.uniform(reach, SIZE - reach)
     (x0, y0), (x1, y1) = (middle - step / 2).tolist(), (middle + step / 2).tolist()
     if action == "crosses":
         pair = _pick(rng, taken)
         taken.add(pair)
         x, y = middle.tolist()
-        other = Still(*pair, x, y, float(rng.uniform(10, 12)))
+        other = Still(*pair, x, y, zoom * float(rng.uniform(10, 12)))
     return Event(colour, shape, action, start, stop, (x0, y0, radius), (x1, y1, last), into, other)
 
 
@@ -272,11 +286,11 @@ def _pick(rng: np.random.Generator, taken: set[tuple[str, str]]) -> tuple[str, s
 
 
 def _distractor(
-    rng: np.random.Generator, taken: set[tuple[str, str]], events: Sequence[Event]
+    rng: np.random.Generator, taken: set[tuple[str, str]], events: Sequence[Event], zoom: float
 ) -> Still:
     """A still shape where the events leave the most room."""
     colour, shape = _pick(rng, taken)
-    radius = float(rng.uniform(10, 13))
+    radius = zoom * float(rng.uniform(10, 13))
     places = rng.uniform(radius + 2, SIZE - radius - 2, (64, 1, 2))
     along = np.linspace(0, 1, 5)[:, None]
     busy = np.concatenate(  # (points, 3): x, y, radius along every path

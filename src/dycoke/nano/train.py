@@ -39,14 +39,16 @@ VALIDATION = 1_000_000  # first held-out seed used here; the benchmark starts at
 class Stage:
     """One step of the curriculum.
 
-    ``events`` is the range drawn from, ``asked`` the most questions per story beside the telling,
+    ``events`` is the range drawn from, ``paces`` the clips' lengths: (frames, hold) with each
+    frame shown ``hold`` times, as in footage of a lower frame rate; one pace per step, and the
+    first is the one that is judged. ``asked``: the most questions per story beside the telling,
     ``enough`` the accuracy (of questions and of events) that ends it, ``share`` the largest part
     of the whole time that it may take. ``sees``: whether the vision tower still learns.
     """
 
     name: str
     events: tuple[int, int]
-    frames: int
+    paces: tuple[tuple[int, int], ...]
     batch: int
     asked: int
     enough: float
@@ -54,11 +56,15 @@ class Stage:
     sees: bool
 
 
+# A motion looks the same at any frame rate: in the last stage frames come at several, held ones
+# included, so that the model compares a frame not only with the very last one.
+PACES = ((24, 1), (12, 1), (8, 2), (16, 1), (12, 2), (12, 1), (24, 1), (8, 2))
 STAGES = (
-    Stage("sight", (4, 4), 12, 8, 0, 0.97, 0.08, sees=True),
-    Stage("one", (1, 1), 4, 16, 4, 0.85, 0.2, sees=True),
-    Stage("two", (1, 2), 8, 12, 6, 0.85, 0.2, sees=True),
-    Stage("all", (1, 4), 16, 8, 8, 2.0, 1.0, sees=False),
+    Stage("sight", (4, 4), ((12, 1),), 8, 0, 0.97, 0.08, sees=True),
+    Stage("one", (1, 1), ((4, 1),), 16, 4, 0.85, 0.2, sees=True),
+    Stage("two", (1, 2), ((8, 1),), 12, 6, 0.85, 0.2, sees=True),
+    Stage("all", (1, 4), ((16, 1),), 8, 8, 0.85, 0.25, sees=False),
+    Stage("pace", (1, 4), PACES, 8, 8, 2.0, 1.0, sees=False),
 )
 
 
@@ -113,20 +119,21 @@ class Reader:
         ids: list[int] = self.tokenizer(text)["input_ids"]
         return ids
 
-    def pixels(self, told: list[stories.Story]) -> Tensor:
+    def pixels(self, told: list[stories.Story], hold: int = 1) -> Tensor:
         """What the processor makes of the frames: (B, F, 3, H, W) in -1 .. 1."""
         clips = torch.from_numpy(np.stack([stories.render(s) for s in told])).to(self.device)
-        return clips.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+        pixels = clips.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+        return pixels.repeat_interleave(hold, dim=1)
 
     def batch(
-        self, told: list[stories.Story], asked: int, rng: np.random.Generator
+        self, told: list[stories.Story], asked: int, rng: np.random.Generator, hold: int = 1
     ) -> dict[str, Tensor]:
         """Prompts as the chat template writes them, several per story behind one video.
 
         Each question with its answer sees the video and itself, and takes the positions that it
         would have alone, so that this equals one sequence per question.
         """
-        frames = told[0].frames
+        frames = told[0].frames * hold
         prefix = self.words("<|im_start|>user " + "<video>" * (frames * TOKENS_PER_FRAME + 1))
         start = len(prefix)
         rows = []
@@ -163,7 +170,7 @@ class Reader:
             "attention_mask": torch.zeros(
                 seen.shape, dtype=torch.bfloat16, device=self.device
             ).masked_fill_(~seen, -3e4)[:, None],
-            "pixel_values_videos": self.pixels(told),
+            "pixel_values_videos": self.pixels(told, hold),
         }
 
 
@@ -276,12 +283,15 @@ class Trainer:
         with (self.out / "curve.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def draw(self, split: stories.Split, first: int, count: int) -> list[stories.Story]:
+    def draw(
+        self, split: stories.Split, first: int, count: int, frames: int | None = None
+    ) -> list[stories.Story]:
+        """Stories of the current stage, of its first pace unless ``frames`` are given."""
+        frames = frames or self.stage.paces[0][0]
         low, high = self.stage.events
+        high = min(high, frames // stories.SHORTEST)
         return [
-            stories.make(
-                split, seed, events=low + seed % (high - low + 1), frames=self.stage.frames
-            )
+            stories.make(split, seed, events=low + seed % (high - low + 1), frames=frames)
             for seed in range(first, first + count)
         ]
 
@@ -296,7 +306,8 @@ class Trainer:
 
     def step(self) -> float:
         """One step of the current stage; its loss."""
-        told = self.draw("train", self.done.stories, self.stage.batch)
+        frames, hold = self.stage.paces[self.done.step % len(self.stage.paces)]
+        told = self.draw("train", self.done.stories, self.stage.batch, frames)
         self.model.train()
         self.model.set_attn_implementation("nano_training")
         self.model.model.vision_tower.requires_grad_(self.stage.sees)
@@ -305,7 +316,7 @@ class Trainer:
             loss = (
                 self._sight(self._features(told), told)
                 if self.stage.name == "sight"
-                else self._tell(told)
+                else self._tell(told, hold)
             )
         loss.backward()  # type: ignore[no-untyped-call]
         parameters = [p for o in self.optimisers for g in o.param_groups for p in g["params"]]
@@ -341,10 +352,10 @@ class Trainer:
         placed = functional.smooth_l1_loss(where, place, reduction="none") * something
         return ((named + 2 * placed.sum(-1)) * weight).sum() / weight.sum()
 
-    def _tell(self, told: list[stories.Story]) -> Tensor:
+    def _tell(self, told: list[stories.Story], hold: int) -> Tensor:
         """Loss of the answers, and of the head for as long as the vision tower learns."""
         rng = np.random.default_rng([self.args.seed, self.done.stories])
-        inputs = self.reader.batch(told, self.stage.asked, rng)
+        inputs = self.reader.batch(told, self.stage.asked, rng, hold)
         labels = inputs.pop("labels")
         seen: list[Tensor] = []
         projector = self.model.model.multi_modal_projector
