@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from dycoke import DyCoke, UnsupportedError
 from dycoke.cache import Generation, adopt
+from dycoke.lead import lead_of
 from dycoke.rows import arrange
 from dycoke.selection import top_mask
 
@@ -25,12 +26,14 @@ def cache_of(batch: int = 2, tokens: int = 20, prune: float = 0.6, seed: int = 0
     rows = arrange(torch.ones_like(mask), video, mask, prune)
     generation = Generation(
         owner=None,
+        prompt=torch.arange(tokens).expand(batch, -1),
         prompt_length=tokens,
         length=tokens,
         plain=rows.plain,
         pruned=rows.pruned,
         visual=rows.visual,
         dropped=rows.dropped[:, -1],
+        lead=lead_of(None, mask, torch.empty(batch, tokens, 0)),
         step="inside a forward",
     )
     cache = DynamicCache()

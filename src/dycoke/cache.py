@@ -25,6 +25,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from dycoke.errors import UnsupportedError
+from dycoke.lead import Lead
 from dycoke.rows import RowMap, Visual
 from dycoke.selection import swap_pairs
 
@@ -120,23 +121,27 @@ class Generation:
     Attributes
     ----------
     owner : the settings that made the cache; equal settings may go on with it.
+    prompt : Tensor, long, (B, prompt_length): its token ids, -1 for padding.
     prompt_length : tokens of the whole prompt at prefill, padding included.
     length : logical tokens so far.
     plain, pruned : row maps of the layers below `prune_layer` and from there on.
     visual : the visual tokens.
     dropped : Tensor, long, (B,): tokens of each prompt that were merged away.
+    lead : how positions go on after the prompt.
     tally : what the report is made from; belongs to the engine.
     step : the decoder forward that runs now; rows may be added only inside one.
     refuse_crop : why `crop` must not be used, where it must not.
     """
 
     owner: Any
+    prompt: Tensor
     prompt_length: int
     length: int
     plain: RowMap
     pruned: RowMap
     visual: Visual
     dropped: Tensor
+    lead: Lead
     tally: Any = None
     step: Any = None
     refuse_crop: str | None = None
@@ -210,7 +215,29 @@ class DycokeCache(DynamicCache):
             rows.index = rows.index[:, :-count]
             if rows.order is not None:
                 rows.order = rows.order[:, :-count]
-        generation.prompt_length = left
+        generation.prompt_length, generation.prompt = left, generation.prompt[:, :left]
+
+    def check_prompt(self, ids: Tensor, mask: Tensor) -> None:
+        """Refuse a prompt, (B, S) with its mask, that does not begin as the cached one.
+
+        ``ids`` may be the new tokens alone, as generate allows: then there is nothing to compare.
+        """
+        held = self.generation.prompt
+        if ids.shape != mask.shape:
+            return
+        held = held[:: max(1, len(held) // len(ids))].to(ids.device)  # one row per beam
+        begins = prompt_of(ids, mask)[:, : held.shape[1]]
+        if begins.shape != held.shape or not torch.equal(begins, held):
+            raise ValueError(
+                f"the prompt does not begin with the {held.shape[1]} tokens that this cache was "
+                "made from; pass the whole prompt, unchanged, and then the question (shorter "
+                "questions of a batch are padded between the two)"
+            )
+        if ids.shape[1] <= self.generation.length:
+            raise ValueError(
+                f"this cache holds {self.generation.length} tokens and the prompt has none after "
+                "them; pass the whole prompt: what was prefilled, and then the question"
+            )
 
     def select(self, chosen: Tensor) -> Tensor:
         """Make ``chosen``, bool (B, V), the active set; returns how many came from the bank, (B,).
@@ -244,6 +271,8 @@ class DycokeCache(DynamicCache):
         generation.pruned = maps[id(generation.pruned)]
         generation.visual.map_batch(pick)
         generation.dropped = pick(generation.dropped)
+        generation.prompt = pick(generation.prompt)
+        generation.lead.map_batch(pick)
         generation.tally.map_batch(pick)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -253,10 +282,16 @@ class DycokeCache(DynamicCache):
         self._map_batch(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        indices = torch.as_tensor(indices)
         self._map_batch(lambda x: x[indices.to(x.device)])
 
     def reset(self) -> None:
         raise UnsupportedError("a DyCoke cache cannot be reset; pass a new DynamicCache()")
+
+
+def prompt_of(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Token ids, (B, S), with -1 for padding."""
+    return ids if mask is None else ids.masked_fill(mask.to(ids.device) == 0, -1)
 
 
 def check_cache(cache: Any) -> None:

@@ -10,6 +10,7 @@ Nothing here knows a model family (`models`) or a formula (`merging`, `selection
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 import warnings
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from dycoke.attention import Override, attention_of, native_mask, query_scores
-from dycoke.cache import DycokeCache, Generation, adopt, check_cache
+from dycoke.cache import DycokeCache, Generation, adopt, check_cache, prompt_of
 from dycoke.errors import UnsupportedError
+from dycoke.lead import lead_of
 from dycoke.models import Layout, Prompt, VideoSpan, encoded_rows, family_of
 from dycoke.report import Report
 from dycoke.rows import Visual
@@ -168,6 +170,7 @@ class Engine:
                 self._hook_forward(self.model, self._on_call, None)
             self._hook_forward(self.base, self._on_prompt, self._after_prompt)
             self._hook_forward(self.decoder, self._enter, self._leave)
+            self._wrap_positions()
         except BaseException:
             self.remove()
             raise
@@ -178,6 +181,23 @@ class Engine:
             self._hooks.append(
                 module.register_forward_hook(after, with_kwargs=True, always_call=True)
             )
+
+    def _wrap_positions(self) -> None:
+        """generate's positions come from the cache that it goes on with, not from the model."""
+        inner = getattr(self.model, POSITIONS, None)
+        if inner is None:
+            return
+
+        @functools.wraps(inner)
+        def prepare(inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
+            mask = model_kwargs.get("attention_mask")
+            if (cache := _ours(model_kwargs)) is not None and mask is not None:
+                ids = model_kwargs.get("input_ids")
+                cache.check_prompt(inputs_tensor if ids is None or not ids.numel() else ids, mask)
+            positions = _go_on_from(model_kwargs, mask)
+            return inner(inputs_tensor, model_kwargs) if positions is None else positions
+
+        setattr(self.model, POSITIONS, prepare)
 
     def _override_attention(self) -> None:
         """Score in layer `prune_layer` - 1, prune from `prune_layer` on; other layers are free."""
@@ -197,6 +217,7 @@ class Engine:
             hook.remove()
         for override in self._overrides:
             override.restore()
+        vars(self.model).pop(POSITIONS, None)
         self._hooks, self._overrides = [], []
         if engine_of(self.model) is self:
             del _ENGAGED[self.decoder]
@@ -226,16 +247,28 @@ class Engine:
         # Assisted decoding asks for the logits of several tokens at once.
         self._local.several = isinstance(asked, int) and asked > 1
 
-    def _on_prompt(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def _on_prompt(
+        self, module: Any, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]]:
         local = self._local
         local.spans, local.reason = [], None
+        inputs = dict(_named(module, args, kwargs))
+        local.ids = inputs.get("input_ids")
         try:
-            local.spans = self._find(module, _named(module, args, kwargs))
+            local.spans = self._find(module, inputs)
         except _Untouched as why:
             local.reason = str(why)
         except UnsupportedError:
             if not self.method.idle:  # plain generation may do whatever it can
                 raise
+        if inputs.get("position_ids") is None and inputs.get("input_ids") is not None:
+            positions = _go_on_from(inputs, inputs.get("attention_mask"))
+            if positions is not None:
+                positions = positions[..., -inputs["input_ids"].shape[1] :]
+                inputs["position_ids"] = (
+                    positions.expand(3, -1, -1) if positions.ndim == 3 else positions
+                )
+        return (), inputs
 
     def _find(self, module: Any, inputs: dict[str, Any]) -> list[VideoSpan]:
         """Where the videos of this forward's prompt are."""
@@ -274,7 +307,8 @@ class Engine:
         return spans
 
     def _after_prompt(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._local.spans, self._local.labels, self._local.several = [], False, False
+        local = self._local
+        local.spans, local.ids, local.labels, local.several = [], None, False, False
 
     # The decoder's hooks: drop rows, take over the cache, count
 
@@ -351,7 +385,9 @@ class Engine:
         method = self.method
         batch, length, _ = inputs["inputs_embeds"].shape
         cache = self._checked_cache(inputs)
-        self._check_unchanged(inputs.get("attention_mask"))
+        mask = inputs.get("attention_mask")
+        self._check_unchanged(mask)
+        lead = lead_of(inputs.get("position_ids"), mask, inputs["inputs_embeds"])
         rows, masks = shorten(inputs, spans, method, cached=cache is not None)
 
         if not self._continues(step, cache, several=False):
@@ -366,12 +402,14 @@ class Engine:
         if cache is not None:
             generation = Generation(
                 owner=method,
+                prompt=prompt_of(self._local.ids, mask),
                 prompt_length=length,
                 length=0,
                 plain=rows.plain,
                 pruned=rows.pruned,
                 visual=rows.visual,
                 dropped=rows.dropped[:, -1],
+                lead=lead,
                 tally=step.tally,
                 refuse_crop=ASSISTED if several and rows.pruned is not rows.plain else None,
             )
@@ -430,6 +468,7 @@ class Engine:
             generation.visual.previous = None  # what follows selects anew
             generation.refuse_crop = ASSISTED if several and generation.prunes else None
         step.counts = step.length == 1 or several
+        generation.lead.step(step.counts)
         if not step.counts:
             generation.tally = generation.tally.next_turn()
         if generation.tally not in self.tallies:
@@ -504,6 +543,33 @@ ASSISTED = (
     "assisted and prompt-lookup decoding check several tokens in one forward, which attends to "
     "everything: with prune_ratio > 0 the answer would differ; use prune_ratio=0, or decode plainly"
 )
+
+
+# Where generate works out the positions of a prompt, the part that is cached already included.
+POSITIONS = "_prepare_position_ids_for_generation"
+
+
+def _ours(inputs: dict[str, Any]) -> DycokeCache | None:
+    cache = inputs.get("past_key_values")
+    return cache if isinstance(cache, DycokeCache) else None
+
+
+def _go_on_from(inputs: dict[str, Any], mask: Tensor | None) -> Tensor | None:
+    """Positions of prompt and text that goes on with a cache of ours; else None.
+
+    Images that come later have positions of their own, which transformers works out.
+    """
+    cache, ids = _ours(inputs), inputs.get("input_ids")
+    if cache is None or any(value is not None and "pixel" in key for key, value in inputs.items()):
+        return None
+    cached = cache.generation.length
+    if mask is not None:
+        length, batch = mask.shape[1], len(mask)
+    elif ids is not None:
+        length, batch = cached + ids.shape[1], len(ids)
+    else:
+        return None
+    return cache.generation.lead.positions(mask, length, length - cached, batch)
 
 
 def _holds_video(config: Any, ids: Tensor) -> bool:
