@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import os
@@ -23,7 +24,8 @@ from dycoke.nano import stories
 from dycoke.nano.build import TOKENS_PER_FRAME
 
 VISUAL = stories.FRAMES * TOKENS_PER_FRAME  # tokens of a story; a newline follows
-BATCH = 16  # prompts at once: more does not pay on two cores
+BATCH = 32  # prompts at once: more does not pay on two cores
+LONGEST = {"ask": 12, "describe": 64}  # tokens of an answer
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,19 @@ class Scores:
     kept: int = 0
     active: int = 0
 
+    def count(
+        self, row: Row, text: str, story: stories.Story, tokens: tuple[int, int, int]
+    ) -> None:
+        """Take in one answer, and its visual, kept and active tokens."""
+        if row.task == "ask":
+            right, asked = self.ask[row.story]
+            self.ask[row.story] = right + stories.same_answer(text, row.truth), asked + 1
+        else:
+            self.describe[row.story] = stories.events_right(text, story), len(story.events)
+        self.visual += tokens[0]
+        self.kept += tokens[1]
+        self.active += tokens[2]
+
     def add(self, other: Scores) -> None:
         self.ask += other.ask
         self.describe += other.describe
@@ -113,7 +128,7 @@ class StoryQA:
     def run(
         self,
         compressor: Compressor | None,
-        chunk: int = 8,
+        chunk: int = 16,
         start: int = 0,
     ) -> Iterator[Scores]:
         """Scores of ``chunk`` stories at a time, from story ``start`` on."""
@@ -122,31 +137,35 @@ class StoryQA:
             told = [stories.make(self.split, seed) for seed in seeds]  # type: ignore[arg-type]
             yield self._score(told, compressor)
 
+    @torch.inference_mode()
     def _score(self, told: Sequence[stories.Story], compressor: Compressor | None) -> Scores:
         scores = Scores([(0, 0)] * len(told), [(0, 0)] * len(told))
-        features = [self._encode(story) for story in told]
-        # Answers and tellings apart: a batch takes as long as its longest text.
-        for task, tokens in (("ask", 12), ("describe", 64)):
-            rows = [row for i, story in enumerate(told) for row in _rows(i, story, task)]
-            for i in range(0, len(rows), BATCH):
-                batch = rows[i : i + BATCH]
-                videos = torch.stack([features[row.story] for row in batch])
-                texts, kept = self._answer([r.question for r in batch], videos, compressor, tokens)
-                scores.visual += kept[0]
-                scores.kept += kept[1]
-                scores.active += kept[2]
-                for row, text in zip(batch, texts, strict=True):
-                    story = told[row.story]
-                    if task == "ask":
-                        right, asked = scores.ask[row.story]
-                        right += stories.same_answer(text, row.truth)
-                        scores.ask[row.story] = right, asked + 1
-                    else:
-                        right = stories.events_right(text, story)
-                        scores.describe[row.story] = right, len(story.events)
+        with nullcontext() if compressor is None else compressor(self.model) as run:
+            watched = self._watch(told)
+            for rows, ids in self._batches(told):
+                texts = self._answer(watched, [row.story for row in rows], ids, rows[0].task)
+                if run is None or run.report is None:
+                    counts = [(VISUAL, VISUAL, VISUAL)] * len(rows)
+                else:
+                    samples = run.report.samples
+                    counts = [(s.visual_tokens, s.kept_tokens, s.active_tokens) for s in samples]
+                for row, text, count in zip(rows, texts, counts, strict=True):
+                    scores.count(row, text, told[row.story], count)
         return scores
 
-    @torch.inference_mode()
+    def _batches(self, told: Sequence[stories.Story]) -> Iterator[tuple[list[Row], Tensor]]:
+        """Prompts about the stories, those of one task and one length together: no padding."""
+        for task in LONGEST:
+            rows = [row for i, story in enumerate(told) for row in _rows(i, story, task)]
+            prompts: dict[int, list[tuple[Row, list[int]]]] = {}
+            for row, ids in zip(rows, self._ids([row.question for row in rows]), strict=True):
+                prompts.setdefault(len(ids), []).append((row, ids))
+            for alike in prompts.values():
+                for i in range(0, len(alike), BATCH):
+                    batch = alike[i : i + BATCH]
+                    ids_ = torch.tensor([ids for _, ids in batch], device=self.model.device)
+                    yield [row for row, _ in batch], ids_
+
     def _encode(self, story: stories.Story) -> Tensor:
         """What the model takes of a story, made once for all settings: features, or pixels."""
         if story.seed not in self._features:
@@ -157,32 +176,44 @@ class StoryQA:
             self._features[story.seed] = ready[0]
         return self._features[story.seed]
 
-    @torch.inference_mode()
-    def _answer(
-        self, questions: list[str], videos: Tensor, compressor: Compressor | None, tokens: int
-    ) -> tuple[list[str], tuple[int, int, int]]:
-        """Greedy answers, and visual, kept and active tokens over the batch."""
-        inputs: dict[str, Any] = self.prompts(questions)
-        if self._takes_features:
-            encoded = BaseModelOutputWithPooling(pooler_output=videos)
-            inputs["mm_encoder_outputs"] = {"video": encoded}
-        else:
-            inputs["pixel_values_videos"] = videos
-        with nullcontext() if compressor is None else compressor(self.model) as run:
-            output = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-        new = output[:, inputs["input_ids"].shape[1] :]
-        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-        if run is None:
-            visual = len(questions) * VISUAL
-            return texts, (visual, visual, visual)
-        assert run.report is not None
-        samples = run.report.samples
-        counts = [(s.visual_tokens, s.kept_tokens, s.active_tokens) for s in samples]
-        visual, kept, active = (sum(column) for column in zip(*counts, strict=True))
-        return texts, (visual, kept, active)
+    def _watch(self, told: Sequence[stories.Story]) -> Any:
+        """The cache after what all prompts begin with: the video."""
+        videos = torch.stack([self._encode(story) for story in told])
+        ids = self._ids([""])[0]
+        end = len(ids) - ids[::-1].index(self.model.config.video_token_id)
+        inputs: dict[str, Any] = (
+            {"mm_encoder_outputs": {"video": BaseModelOutputWithPooling(pooler_output=videos)}}
+            if self._takes_features
+            else {"pixel_values_videos": videos}
+        )
+        prefix = torch.tensor(ids[:end], device=self.model.device).expand(len(told), -1)
+        output = self.model(
+            input_ids=prefix,
+            attention_mask=torch.ones_like(prefix),
+            use_cache=True,
+            logits_to_keep=1,
+            **inputs,
+        )
+        return output.past_key_values
 
-    def prompts(self, questions: Sequence[str]) -> dict[str, Tensor]:
-        """Left-padded prompts about one story each, as the processor makes them."""
+    def _answer(self, watched: Any, places: list[int], ids: Tensor, task: str) -> list[str]:
+        """Greedy answers to prompts about the stories at ``places`` of what was watched."""
+        cache = copy.deepcopy(watched)
+        cache.batch_select_indices(torch.tensor(places, device=ids.device))
+        output = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=LONGEST[task],
+            do_sample=False,
+        )
+        texts: list[str] = self.processor.tokenizer.batch_decode(
+            output[:, ids.shape[1] :], skip_special_tokens=True
+        )
+        return texts
+
+    def _ids(self, questions: Sequence[str]) -> list[list[int]]:
+        """Prompts about one story each, as the processor makes them."""
         processor = self.processor
         texts = []
         for question in questions:
@@ -191,10 +222,8 @@ class StoryQA:
                 [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
             )
             texts.append(text.replace(processor.video_token, processor.video_token * (VISUAL + 1)))
-        inputs = processor.tokenizer(
-            texts, padding=True, padding_side="left", return_tensors="pt"
-        ).to(self.model.device)
-        return {k: inputs[k] for k in ("input_ids", "attention_mask")}
+        ids: list[list[int]] = processor.tokenizer(texts)["input_ids"]
+        return ids
 
 
 def _rows(place: int, story: stories.Story, task: str) -> list[Row]:
