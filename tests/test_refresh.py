@@ -101,7 +101,7 @@ def test_the_trace_equals_the_oracle(family: str, merge: float) -> None:
     inputs = inputs_of(family, [[7]], [(5, 7)], seed)
     model = model_of(family, seed=seed)
     judge = oracle.Oracle(model, family, K=merge, P=0.7, L=3)
-    judge.prompt(inputs, tiny.FAMILIES[family].tokens_per_frame, tiny.VIDEO)
+    judge.prompt(inputs, tiny.FAMILIES[family].tokens_per_frame, tiny.FAMILIES[family].token)
     visual = [i for i, row in enumerate(judge.rows) if row.visual]
     expected = judge.generate(8)
     assert expected.margins.least > 1e-5

@@ -102,11 +102,13 @@ class Oracle:
         self.model = copy.deepcopy(model)
         self.model.set_attn_implementation("eager")
         self.family = family
+        self.spatial = family.startswith(("qwen", "glm"))  # 3-D positions
         self.K, self.P, self.L = K, P, L
         self.window = options.get("window", 4)
         self.threshold = options.get("threshold", 0.9)
         self.mean = options.get("mean", False)
         self.compact = options.get("compact", False)
+        self.videos = options.get("videos", ())  # images in each video; () for one video
         self.rows: list[Row] = []
         self.margins = Margins()
         self.keep: list[list[list[bool]]] = []
@@ -148,6 +150,11 @@ class Oracle:
     def _encode(self, core: Any, inputs: dict[str, Tensor]) -> tuple[list[Tensor], Tensor, int]:
         """Features per video as scattered, positions of the whole prompt, the next position."""
         length = inputs["input_ids"].shape[1]
+        if "pixel_values" in inputs:
+            images = core.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
+            images = torch.cat([image.reshape(-1, image.shape[-1]) for image in images])
+            rows = [frames * 9 for frames in self.videos] or [len(images)]
+            return list(images.split(rows)), torch.arange(length), length
         pixels = inputs["pixel_values_videos"]
         if self.family.startswith("llava"):
             rows = core.get_video_features(pixels, return_dict=True).pooler_output
@@ -157,6 +164,11 @@ class Oracle:
                 features = [torch.cat([video, core.image_newline[None]]) for video in features]
             return features, torch.arange(length), length
         grid = inputs["video_grid_thw"]
+        if self.family == "video_llama_3":
+            rows = core.get_video_features(
+                pixels, grid, inputs["video_merge_sizes"], return_dict=True
+            )
+            return list(rows.pooler_output), torch.arange(length), length
         features = list(core.get_video_features(pixels, grid, return_dict=True).pooler_output)
         positions, delta = core.get_rope_index(
             inputs["input_ids"],
@@ -170,7 +182,7 @@ class Oracle:
     def text(self, tokens: list[int]) -> None:
         """A new turn's tokens: they attend to everything."""
         embeddings = self.model.model.get_input_embeddings()
-        if self.family.startswith("qwen"):
+        if self.spatial:
             self.next_position = self.length + self.delta
         for token in tokens:
             self.rows.append(Row(embeddings(torch.tensor(token)).detach(), self._advance(), False))
@@ -179,14 +191,14 @@ class Oracle:
         position = torch.tensor(self.next_position)
         self.next_position += 1
         self.length += 1
-        return position.repeat(3) if self.family.startswith("qwen") else position
+        return position.repeat(3) if self.spatial else position
 
     # The model, with a mask per layer
 
     @torch.no_grad()
     def forward(self, choose: Any) -> Tensor:
         """Logits of the last row. ``choose`` gets its attention in layer L-1, before layer L."""
-        decoder = self.model.model.language_model
+        decoder = self.model.get_decoder()
         hidden = torch.stack([row.embedding for row in self.rows])[None]
         positions = torch.stack([row.position for row in self.rows], -1)
         positions = positions[:, None] if positions.ndim == 2 else positions[None]
