@@ -33,7 +33,7 @@ def generate(model: Any, inputs: dict[str, Any], tokens: int = 8, **kwargs: Any)
     """Greedy, with logits: .sequences (B, S + tokens), .logits (steps of (B, V))."""
     family = tiny.FAMILIES.get(model.config.model_type)
     if {"num_beams", "num_return_sequences"} & set(kwargs) and family and not family.repeats:
-        pytest.skip(f"this transformers loses the video of {family.name}'s beams and copies")
+        pytest.skip(f"this transformers loses or mixes up the frames of {family.name}'s beams")
     return model.generate(
         **inputs,
         max_new_tokens=tokens,

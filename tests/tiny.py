@@ -427,9 +427,9 @@ class Family:
 
     @property
     def repeats(self) -> bool:
-        """Whether stock generate takes a video with num_beams, or for several answers."""
+        """Whether stock generate hands a video on to beams and further answers as it is."""
         newer = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 18)
-        return not (newer and self.name.startswith("glm"))
+        return not self.name.startswith("glm" if newer else "internvl")
 
     def frames(self, videos: Sequence[Sequence[int]]) -> Any:
         """What a user has to say about the frames of these videos (counts per sample)."""
