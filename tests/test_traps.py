@@ -58,7 +58,7 @@ def test_a_follow_up_turn_does_not_see_the_future(family: str, backend: str, pru
             step = model(input_ids=new, past_key_values=out.past_key_values)
             seen.append(step.logits[0])
     assert seen[0].shape[0] == 4
-    close(seen[0][:3], seen[1][:3], 1e-6)
+    close(seen[0][:3], seen[1][:3], 1e-5)
     assert (seen[0][3] - seen[1][3]).abs().max() > 1e-2
 
 

@@ -14,6 +14,7 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -110,6 +111,58 @@ class Prompt:
                 f"{tokens_per_frame}; was the prompt cut (prefill_chunk_size)? Prefill it at once"
             )
         return positions.view(-1, tokens_per_frame)
+
+    def runs(self, positions: Tensor) -> Tensor:
+        """Cut one video's positions where other tokens stand between: (F * N,) -> (F, N).
+
+        For families that write a timestamp before each frame.
+        """
+        starts = (positions.diff() > 1).nonzero()[:, 0].tolist()
+        ends = [-1, *starts, len(positions) - 1]
+        lengths = {end - start for start, end in pairwise(ends)}
+        if len(lengths) != 1:
+            raise UnsupportedError(
+                f"the video's frames take {sorted(lengths)} placeholders each, where all should "
+                "take as many; was the prompt built by hand? Pass the processor's output unchanged"
+            )
+        return self.frames(positions, lengths.pop())
+
+    def packed(self, token_id: int) -> list[tuple[int, Tensor, tuple[int, int]]]:
+        """The videos of a family that takes all patches as one list, with a grid per video.
+
+        Returns
+        -------
+        list of (sample, positions, grid), positions long of shape (F * N,), grid as in `VideoSpan`
+        """
+        merge = self.config.vision_config.spatial_merge_size
+        grids, rows = self.inputs.get("video_grid_thw"), self.encoded
+        if rows is None:
+            if grids is None or self.inputs.get("pixel_values_videos") is None:
+                return []
+            rows = (grids.prod(-1) // merge**2).tolist()
+        videos = self.split(token_id, rows)
+        if grids is None:
+            shapes = [self._grid(sample, places) for sample, places in videos]
+        else:
+            shapes = [(height // merge, width // merge) for _, height, width in grids.tolist()]
+        return [(*video, shape) for video, shape in zip(videos, shapes, strict=True)]
+
+    def _grid(self, sample: int, places: Tensor) -> tuple[int, int]:
+        """Rows and columns of a frame, from the height and width positions of its video.
+
+        `generate` of transformers 5.18 and newer drops the grid once it has encoded the video. The
+        temporal positions cannot stand in for it: slow sampling gives several slices the same
+        value. The first run is the first frame, or all of them, which share these positions.
+        """
+        ids = self.position_ids
+        if ids is None or ids.ndim != 3 or ids.shape[0] < 3:
+            raise UnsupportedError(
+                "the video's grid is neither in video_grid_thw nor in 3-D position_ids; pass the "
+                "processor's whole output to generate()"
+            )
+        run = places[: int((places.diff() == 1).long().cumprod(0).sum()) + 1]
+        height, width = ids[-2:, sample, run]
+        return int(height.max() - height.min()) + 1, int(width.max() - width.min()) + 1
 
 
 Layout = Callable[[Prompt], list[VideoSpan]]
