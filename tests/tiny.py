@@ -29,6 +29,14 @@ from transformers import (
     Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
@@ -259,9 +267,66 @@ def video_llama_3(attention: str = "sdpa", layers: int = 5, seed: int = 0) -> An
     return _build(VideoLlama3ForConditionalGeneration, config, attention, seed)
 
 
+QWEN3_VISION = {
+    "depth": 2,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "num_position_embeddings": 16,
+    "out_hidden_size": TEXT["hidden_size"],
+    "initializer_range": 0.3,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+}
+
+
+def qwen3_vl(attention: str = "sdpa", layers: int = 5, seed: int = 0, moe: bool = False) -> Any:
+    """Deepstack features of both vision layers go into the first two decoder layers."""
+    vision = {**QWEN3_VISION, "deepstack_visual_indexes": [0, 1]}
+    text = {**_qwen_text(layers), "head_dim": 8}
+    if moe:
+        config = Qwen3VLMoeConfig(
+            text_config={**text, **EXPERTS}, vision_config=vision, **QWEN_TOKENS
+        )
+        return _build(Qwen3VLMoeForConditionalGeneration, config, attention, seed)
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, **QWEN_TOKENS)
+    return _build(Qwen3VLForConditionalGeneration, config, attention, seed)
+
+
+def qwen3_5(attention: str = "sdpa", layers: int = 5, seed: int = 0, moe: bool = False) -> Any:
+    """Full attention in layers 1, 3 and 4, linear attention in the others."""
+    text: dict[str, Any] = {
+        **_qwen_text(layers),
+        "head_dim": 16,
+        "layer_types": [
+            "full_attention" if i % 2 or i == 4 else "linear_attention" for i in range(layers)
+        ],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+    text["rope_parameters"]["partial_rotary_factor"] = 0.5
+    if moe:
+        config = Qwen3_5MoeConfig(
+            text_config={**text, **EXPERTS}, vision_config=QWEN3_VISION, **QWEN_TOKENS
+        )
+        return _build(Qwen3_5MoeForConditionalGeneration, config, attention, seed)
+    config = Qwen3_5Config(text_config=text, vision_config=QWEN3_VISION, **QWEN_TOKENS)
+    return _build(Qwen3_5ForConditionalGeneration, config, attention, seed)
+
+
 def _build(cls: Any, config: Any, attention: str, seed: int) -> Any:
     torch.manual_seed(seed)
     config._attn_implementation = attention
+    config._experts_implementation = "eager"  # the grouped kernels take no float64
     model = cls(config).eval()
     # Biases start at zero, and would hide an error in their use.
     with torch.no_grad():
@@ -320,16 +385,24 @@ def llava_inputs(
 
 
 def qwen_inputs(
-    videos: Sequence[Sequence[int]], text: Sequence[tuple[int, int]], seed: int = 0
+    videos: Sequence[Sequence[int]],
+    text: Sequence[tuple[int, int]],
+    seed: int = 0,
+    timestamps: bool = False,
 ) -> dict[str, Any]:
-    """Inputs for the Qwen2 families; frame counts are temporal slices, 2 x 3 tokens each."""
+    """Inputs for the Qwen families; frame counts are temporal slices, 2 x 3 tokens each.
+
+    timestamps: whether each slice stands by itself, after some tokens that tell its time.
+    """
     g = torch.Generator().manual_seed(seed + 1)
     height, width = 4, 6
     rows, pixels, grids = [], [], []
     for counts, (before, after) in zip(videos, text, strict=True):
         row = _text(g, before)
         for slices in counts:
-            row += [VISION_START] + [VIDEO] * (slices * 6) + [VISION_END]
+            for run in [1] * slices if timestamps else [slices]:
+                row += _text(g, 2) if timestamps else []
+                row += [VISION_START] + [VIDEO] * (run * 6) + [VISION_END]
             patches = slow_noise(g, slices, height * width, 3 * 2 * 4 * 4)
             pixels.append(patches.flatten(0, 1))
             grids.append([slices, height, width])
@@ -412,6 +485,9 @@ def image_inputs(videos: Any, text: Any, seed: int = 0, padded: bool = False) ->
 padded_image_inputs = functools.partial(image_inputs, padded=True)
 
 
+stamped = functools.partial(qwen_inputs, timestamps=True)
+
+
 @dataclass(frozen=True)
 class Family:
     """A row of the table: how to build a tiny model of the family and inputs for it."""
@@ -422,6 +498,7 @@ class Family:
     tokens_per_frame: int
     rope: str
     unequal_videos: bool  # whether one batch may hold videos of different length
+    full: tuple[int, ...] = (0, 1, 2, 3, 4)  # the full-attention layers of 5
     token: int = VIDEO  # the placeholder of a video's tokens
     images: bool = False  # whether frames are images, which a user has to declare
 
@@ -459,11 +536,18 @@ FAMILIES = {
         ),
         Family("qwen2_vl", qwen2_vl, qwen_inputs, 6, "3-D", True),
         Family("qwen2_5_vl", qwen2_5_vl, qwen_inputs, 6, "3-D", True),
-        Family("glm4v", glm4v, glm_inputs, 6, "3-D", True, IMAGE),
-        Family("glm46v", glm46v, glm_inputs, 6, "3-D", True, IMAGE),
-        Family("glm4v_moe", glm4v_moe, glm_inputs, 6, "3-D", True, IMAGE),
-        Family("internvl", internvl, image_inputs, 9, "1-D", True, IMAGE, True),
-        Family("smolvlm", smolvlm, padded_image_inputs, 9, "1-D", True, IMAGE, True),
+        Family("glm4v", glm4v, glm_inputs, 6, "3-D", True, token=IMAGE),
+        Family("glm46v", glm46v, glm_inputs, 6, "3-D", True, token=IMAGE),
+        Family("glm4v_moe", glm4v_moe, glm_inputs, 6, "3-D", True, token=IMAGE),
+        Family("internvl", internvl, image_inputs, 9, "1-D", True, token=IMAGE, images=True),
+        Family("smolvlm", smolvlm, padded_image_inputs, 9, "1-D", True, token=IMAGE, images=True),
         Family("video_llama_3", video_llama_3, video_llama_3_inputs, 6, "1-D", True),
+        *(
+            Family(name, functools.partial(model, moe="moe" in name), stamped, 6, "3-D", True, full)
+            for name, model, full in (
+                ("qwen3_vl", qwen3_vl, (0, 1, 2, 3, 4)),
+                ("qwen3_vl_moe", qwen3_vl, (0, 1, 2, 3, 4)),
+            )
+        ),
     )
 }
