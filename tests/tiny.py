@@ -181,9 +181,11 @@ def glm4v(
     model: Any = Glm4vForConditionalGeneration,
     **text: Any,
 ) -> Any:
+    # Norms behind both sublayers magnify rounding.
+    calm = {"initializer_range": 0.2}
     rope = {**_qwen_text(layers)["rope_parameters"], "partial_rotary_factor": 1.0}
     built = config(
-        text_config={**TEXT, "num_hidden_layers": layers, "rope_parameters": rope, **text},
+        text_config={**TEXT, "num_hidden_layers": layers, "rope_parameters": rope, **text, **calm},
         vision_config={
             "depth": 2,
             "hidden_size": 24,

@@ -80,7 +80,7 @@ class Finder:
         for kind in self.kinds:
             rows = _encoded_rows(inputs, kind)
             if not _arrived(inputs, kind) or rows == []:
-                continue  # generate lost them (GLM's under num_beams), and the model will say so
+                continue  # generate lost them on the way to beams; the model will say so
             ids, position_ids = inputs["input_ids"], inputs.get("position_ids")
             prompt = Prompt(config, ids, position_ids, inputs, rows, kind)
             found = self.layout(prompt)
@@ -90,10 +90,15 @@ class Finder:
         return spans
 
 
-def own_frames(config: Any) -> Frames:
-    """What a family's own processor makes of a video: "videos" or "images"."""
+def own_frames(config: Any) -> str | None:
+    """What a family's own processor makes of a video; None for a family that is not known."""
     family = families().get(getattr(config, "model_type", ""))
-    return "videos" if family is None else frame_kinds(family)[0]
+    return None if family is None else frame_kinds(family)[0]
+
+
+def processor_options(config: Any) -> dict[str, Any]:
+    """What a family's processor has to be told, for prompts that can be compressed."""
+    return dict(getattr(families().get(getattr(config, "model_type", "")), "PROCESSOR", {}))
 
 
 def check_frames(frames: Any) -> Frames:
@@ -129,7 +134,7 @@ def join_images(prompt: Prompt, images: Sequence[VideoSpan], frames: Frames) -> 
         counts = [len(found)] if isinstance(frames, str) else frames
         start = 0
         for count in counts:
-            if start == len(found):
+            if start >= len(found):
                 break
             video = found[start : start + count]
             start += count

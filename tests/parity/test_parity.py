@@ -251,4 +251,5 @@ def test_float64_is_tighter(family: str, K: float, P: float) -> None:
     output, _ = compressed(model, settings_of(K, P), inputs)
     assert answer(output, inputs)[0] == expected.ids
     # generate hands logits out as float32
-    close(torch.cat(output.logits), torch.stack(expected.logits).float(), 5e-5)
+    # generate hands logits out as float32
+    close(torch.cat(output.logits), torch.stack(expected.logits).float(), 2e-5)

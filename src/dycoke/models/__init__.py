@@ -5,8 +5,8 @@ One file per family, found by ``config.model_type``. Each states
 - ``MODEL_TYPES``: the ``config.model_type`` values it serves,
 - ``ROPE``: ``"1-D"`` or ``"3-D"``,
 - ``layout(prompt) -> list[VideoSpan]``: one span per video, or per image where those are asked for,
-- ``NAME`` and ``CHECKPOINTS`` for people, and where there is something to say ``NOTES``: what does
-  not apply, and why,
+- ``NAME`` and ``CHECKPOINTS`` for people, and where there is more to say ``NOTES``, a tuple: what
+  does not apply, and why,
 
 and what differs from the usual
 
@@ -231,4 +231,18 @@ def frame_kinds(family: ModuleType) -> tuple[str, ...]:
     return kinds
 
 
-__all__ = ["Prompt", "VideoSpan", "families", "family_of", "frame_kinds"]
+def limits(family: ModuleType) -> list[str]:
+    """What of DyCoke does not apply to a family, or only on request, and why."""
+    kinds = frame_kinds(family)
+    if "images" not in kinds:
+        found = ["images are never merged"]
+    elif "videos" in kinds:
+        found = ['images are merged only with frames="images"']
+    else:
+        found = ['frames are images, merged only with frames="images"']
+    if family.ROPE == "3-D":
+        found.append('no positions="compact", which numbers 1-D positions')
+    return [*found, *getattr(family, "NOTES", ())]
+
+
+__all__ = ["Prompt", "VideoSpan", "families", "family_of", "frame_kinds", "limits"]

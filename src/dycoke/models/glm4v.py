@@ -10,7 +10,7 @@ FRAMES = ("videos", "images")
 VIDEO_TOKEN = "image_token_id"
 NAME = "GLM-4.1V, GLM-4.5V, GLM-4.6V"
 CHECKPOINTS = ("zai-org/GLM-4.1V-9B-Thinking", "zai-org/GLM-4.5V", "zai-org/GLM-4.6V-Flash")
-NOTES = "beams and several answers fail in transformers 5.18 and newer itself"
+NOTES = ("beams and several answers fail in transformers 5.18 and newer itself",)
 
 
 def layout(prompt: Prompt) -> list[VideoSpan]:

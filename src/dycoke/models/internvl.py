@@ -11,7 +11,7 @@ ROPE = "1-D"
 FRAMES = ("images",)
 NAME = "InternVL3, InternVL3.5"
 CHECKPOINTS = ("OpenGVLab/InternVL3-8B-hf", "OpenGVLab/InternVL3_5-8B-HF")
-NOTES = "beams and several answers mix up frames in transformers 5.17 itself"
+NOTES = ("beams and several answers mix up frames in transformers 5.17 itself",)
 
 
 def layout(prompt: Prompt) -> list[VideoSpan]:

@@ -10,7 +10,7 @@ ROPE = "1-D"
 PROCESSOR = {"use_token_compression": False}
 NAME = "VideoLLaMA3"
 CHECKPOINTS = ("lkhl/VideoLLaMA3-2B-Image-HF",)
-NOTES = "its own compression makes frames of unequal length: use_token_compression=False"
+NOTES = ("its own token compression must be off: use_token_compression=False",)
 
 
 def layout(prompt: Prompt) -> list[VideoSpan]:
