@@ -121,10 +121,10 @@ def test_every_setting_equals_the_oracle(
     check(expected, output, inputs, run.report)
 
 
+@pytest.mark.parametrize("family", ["llava_onevision", "internvl", "video_llama_3"])
 @pytest.mark.parametrize("seed", [0, 4])
 @pytest.mark.parametrize(("K", "P"), RATIOS)
-def test_compact_positions_equal_the_oracle(seed: int, K: float, P: float) -> None:
-    family = "llava_onevision"
+def test_compact_positions_equal_the_oracle(family: str, seed: int, K: float, P: float) -> None:
     seed, expected = single(family, seed, 7, K, P, compact=True)
     inputs = inputs_of(family, [[7]], [(5, 7)], seed)
     output, run = compressed(model_of(family, seed=seed), settings_of(K, P, compact=True), inputs)
