@@ -400,6 +400,22 @@ def test_assisted_decoding(family: str) -> None:
         assert len(run.reports) == 1
 
 
+def test_where_nothing_tells_candidates_a_crop_does() -> None:
+    """VideoLLaMA3 knows no logits_to_keep: a whole question can be forgotten, a part cannot."""
+    model, inputs = model_of("video_llama_3"), inputs_of("video_llama_3", *ONE)
+    question = torch.tensor([[7, 8, 9]])
+    with DyCoke()(model), torch.no_grad():
+        cache = generate(model, inputs, tokens=3).past_key_values
+        expected = model(input_ids=question, past_key_values=cache).logits
+        for count in (0, -2):
+            with pytest.raises(UnsupportedError, match="prompt-lookup"):
+                cache.crop(count)
+        cache.crop(-3)
+        close(model(input_ids=question, past_key_values=cache).logits, expected, 1e-5)
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        cache.crop(-2)  # after a decode step, as a user would
+
+
 @families
 def test_changing_the_attention_implementation_inside_is_refused(family: str) -> None:
     model = tiny.FAMILIES[family].model()

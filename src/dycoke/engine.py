@@ -124,8 +124,10 @@ class Engine:
         self.base: Any = model.base_model
         self.decoder: Any = model.get_decoder()
         self.finder = Finder(self.base.config, layout, frames)
-        # Where a model knows no logits_to_keep, nothing tells candidates from a new turn.
-        self.tells = "logits_to_keep" in inspect.signature(model.forward).parameters
+        # Where a model knows no logits_to_keep, nothing tells candidates from a new turn. A bare
+        # base model is not what generate runs.
+        known = inspect.signature(model.forward).parameters
+        self.tells = model is self.base or "logits_to_keep" in known
         self.implementation = self.decoder.config._attn_implementation
         self.tallies: deque[Tally] = deque(maxlen=100)
         self.step: Step | None = None
