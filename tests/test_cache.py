@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import tiny
 import torch
 from support import compressed, families, generate, inputs_of, model_of
 from transformers import DynamicCache
@@ -124,13 +125,10 @@ def test_crop_forgets_text_only() -> None:
 def test_a_copied_cache_goes_on_by_itself(family: str) -> None:
     """Two questions on copies of one cache answer as each alone."""
     model, inputs = model_of(family), inputs_of(family, [[7]], [(5, 7)])
-    ids = inputs["input_ids"]
 
     def ask(cache: object, first: torch.Tensor, question: list[int]) -> torch.Tensor:
         longer = torch.cat([first, torch.tensor([question])], 1)
-        follow = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
-        if family.startswith("qwen"):
-            follow["mm_token_type_ids"] = (longer == ids[0, 6]).long() * 2
+        follow = tiny.FAMILIES[family].follow_up(longer)
         return generate(model, follow, past_key_values=cache).sequences
 
     with DyCoke()(model) as run:

@@ -14,6 +14,7 @@ from transformers.video_utils import VideoMetadata
 
 from dycoke import nano
 from dycoke.compressor import Compressor
+from dycoke.finder import own_frames, processor_options
 from dycoke.report import Report
 from dycoke.tally import Trace
 from dycoke.timing import Stopwatch, Timings
@@ -120,6 +121,7 @@ class Assistant:
             video_metadata=[metadata],
             do_sample_frames=False,  # they are sampled already
             return_tensors="pt",
+            **processor_options(self.model.config),
         )
         prepared: dict[str, Any] = inputs.to(self.model.device, self.model.dtype)
         return prepared
@@ -168,7 +170,8 @@ class Assistant:
                 generate
             )
         streamer = _Streamer(self.processor.tokenizer, on_text) if on_text else None
-        with watch.compressing(compressor, trace) as run:
+        # Whatever the processor makes of the frames, they are those of one video.
+        with watch.compressing(compressor, trace, own_frames(self.model.config)) as run:
             output = self.model.generate(
                 **inputs, max_new_tokens=max_new_tokens, streamer=streamer, **generate
             )

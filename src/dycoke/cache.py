@@ -131,6 +131,8 @@ class Generation:
     tally : what the report is made from; belongs to the engine.
     step : the decoder forward that runs now; rows may be added only inside one.
     refuse_crop : why `crop` must not be used, where it must not.
+    refuse_below : tokens of the last forward, where some may be candidates of which nothing tells:
+        forgetting fewer than these is refused.
     """
 
     owner: Any
@@ -145,6 +147,7 @@ class Generation:
     tally: Any = None
     step: Any = None
     refuse_crop: str | None = None
+    refuse_below: int = 0
 
     @property
     def prunes(self) -> bool:
@@ -187,6 +190,12 @@ class DycokeCache(DynamicCache):
         if generation.refuse_crop:
             raise UnsupportedError(generation.refuse_crop)
         count = -int(tokens_to_remove)
+        if 0 <= count < generation.refuse_below:
+            raise UnsupportedError(
+                f"forgetting {count} of the {generation.refuse_below} tokens that came at once is "
+                "what assisted and prompt-lookup decoding do, and with prune_ratio > 0 the answer "
+                "would differ; use prune_ratio=0, or decode plainly"
+            )
         if count < 0:
             raise UnsupportedError(
                 f"crop({int(tokens_to_remove)}) asks for a length; a DyCoke cache takes the "

@@ -26,12 +26,13 @@ from transformers import DynamicCache
 from dycoke.attention import Override, attention_of, native_mask, query_scores
 from dycoke.cache import DycokeCache, Generation, adopt, check_cache, prompt_of
 from dycoke.errors import UnsupportedError
+from dycoke.finder import Finder, Frames
 from dycoke.lead import lead_of
-from dycoke.models import Layout, Prompt, VideoSpan, encoded_rows, family_of
+from dycoke.models import Layout, VideoSpan
 from dycoke.report import Report
 from dycoke.rows import Visual
 from dycoke.shorten import shorten
-from dycoke.tally import IDLE, NO_VIDEO, SampleTrace, Tally, Trace, videos_by_sample
+from dycoke.tally import IDLE, SampleTrace, Tally, Trace, videos_by_sample
 
 
 class Method(Protocol):
@@ -109,7 +110,12 @@ class Engine:
     """
 
     def __init__(
-        self, model: Any, method: Method, trace: bool = False, layout: Layout | None = None
+        self,
+        model: Any,
+        method: Method,
+        trace: bool = False,
+        layout: Layout | None = None,
+        frames: Frames | None = None,
     ) -> None:
         for name in ("get_decoder", "config", "base_model"):
             if not hasattr(model, name):
@@ -119,9 +125,11 @@ class Engine:
         self.model, self.method, self.trace = model, method, trace
         self.base: Any = model.base_model
         self.decoder: Any = model.get_decoder()
-        family = family_of(self.base.config) if layout is None else None
-        self.layout: Layout = layout or family.layout  # type: ignore[union-attr]
-        self.rope: str | None = getattr(family, "ROPE", None)
+        self.finder = Finder(self.base.config, layout, frames)
+        # Where a model knows no logits_to_keep, nothing tells candidates from a new turn. A bare
+        # base model is not what generate runs.
+        known = inspect.signature(model.forward).parameters
+        self.tells = model is self.base or "logits_to_keep" in known
         self.implementation = self.decoder.config._attn_implementation
         self.tallies: deque[Tally] = deque(maxlen=100)
         self.step: Step | None = None
@@ -140,7 +148,7 @@ class Engine:
                 f"prune_layer={method.prune_layer} leaves no layer to prune: the decoder has "
                 f"{layers} layers; choose 1 to {layers - 1}, or prune_ratio=0"
             )
-        if method.positions == "compact" and self.rope == "3-D":
+        if method.positions == "compact" and self.finder.rope == "3-D":
             raise UnsupportedError(
                 f"positions='compact' renumbers 1-D positions, and {self.base.config.model_type} "
                 "has 3-D ones; use positions='original'"
@@ -285,25 +293,24 @@ class Engine:
                     stacklevel=2,
                 )
             raise _Untouched("inputs_embeds without input_ids: video tokens cannot be found")
-        encoded = encoded_rows(inputs.get("mm_encoder_outputs"))
-        if encoded is None and inputs.get("pixel_values_videos") is None:
+        if not self.finder.arrived(inputs):
             several = getattr(self._local, "several", False)
+            several = several or (not self.tells and isinstance(past, DycokeCache))
             # One wait for the device, at prefill only. Candidates may repeat a placeholder.
-            if ids.shape[1] > 1 and not several and _holds_video(module.config, ids):
+            if ids.shape[1] > 1 and not several and self.finder.lacks_video(ids, inputs):
                 raise UnsupportedError(
                     "the prompt has video placeholders and no video came with them; pass the "
                     "processor's whole output, and prefill at once, without prefill_chunk_size"
                 )
-            raise _Untouched(NO_VIDEO)
+            raise _Untouched(self.finder.why_untouched(inputs))
         if filled:
             raise UnsupportedError(
                 "video tokens arrived for a cache that is not empty: prefill a video in one go, "
                 "without prefill_chunk_size, and start a new cache for a new video"
             )
-        prompt = Prompt(module.config, ids, inputs.get("position_ids"), inputs, encoded)
-        spans = self.layout(prompt)
+        spans = self.finder.find(module.config, inputs)
         if not spans:
-            raise _Untouched(NO_VIDEO)
+            raise _Untouched(self.finder.why_untouched(inputs))
         return spans
 
     def _after_prompt(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -412,6 +419,7 @@ class Engine:
                 lead=lead,
                 tally=step.tally,
                 refuse_crop=ASSISTED if several and rows.pruned is not rows.plain else None,
+                refuse_below=0 if self.tells or rows.pruned is rows.plain else length,
             )
             adopt(cache, generation, method.prune_layer, len(self._layers()))
             inputs["past_key_values"] = cache
@@ -464,9 +472,11 @@ class Engine:
                 f"attention_mask covers {mask.shape[1]} tokens where prompt and answer have {total}"
             )
         step.cache, step.attention_mask = cache, mask
+        generation.refuse_below = 0
         if step.length > 1:
             generation.visual.previous = None  # what follows selects anew
             generation.refuse_crop = ASSISTED if several and generation.prunes else None
+            generation.refuse_below = 0 if self.tells or not generation.prunes else step.length
         step.counts = step.length == 1 or several
         generation.lead.step(step.counts)
         if not step.counts:
@@ -570,11 +580,6 @@ def _go_on_from(inputs: dict[str, Any], mask: Tensor | None) -> Tensor | None:
     else:
         return None
     return cache.generation.lead.positions(mask, length, length - cached, batch)
-
-
-def _holds_video(config: Any, ids: Tensor) -> bool:
-    token = getattr(config, "video_token_id", None)
-    return token is not None and bool((ids == token).any())
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
