@@ -357,14 +357,20 @@ def test_caches_that_are_refused(family: str) -> None:
         assert torch.equal(ours.sequences, plain)
 
 
-def test_sliding_layers_are_refused() -> None:
-    model = tiny.FAMILIES["llava_onevision"].model()
-    text = model.config.get_text_config()
-    text.layer_types = ["full_attention"] * 4 + ["sliding_attention"]
-    text.sliding_window = 16
-    refused(
-        model, inputs_of("llava_onevision", *ONE), "not full attention .DynamicSlidingWindowLayer"
-    )
+def test_decoders_that_are_refused() -> None:
+    """Where no layer can be pruned, or one is of a kind that nobody knows."""
+    for kinds, settings, match in (
+        (["sliding_attention"] * 5, DyCoke(), "has 0 full-attention layers among 5"),
+        (["full_attention"] + ["sliding_attention"] * 4, DyCoke(), "has 1 full-attention layers"),
+        (["full_attention"] * 4 + ["sliding_attention"], DyCoke(prune_layer=4), "choose 1 to 3"),
+        (["chunked_attention"] * 5, DyCoke(prune_ratio=0), "of the kind chunked_attention"),
+    ):
+        model = tiny.FAMILIES["llava_onevision"].model()
+        model.config.get_text_config().layer_types = kinds
+        with untouched(model), pytest.raises(UnsupportedError, match=match):
+            dycoke.apply(model, settings)
+        with DyCoke(merge_ratio=0, prune_ratio=0)(model):
+            pass
 
 
 @families
@@ -392,6 +398,10 @@ def test_assisted_decoding(family: str) -> None:
     # A repetitive prompt, so that prompt lookup finds candidates at once.
     inputs["input_ids"][0, -6:] = torch.tensor([3, 4, 3, 4, 3, 4])
     lookup = {"prompt_lookup_num_tokens": 3}
+    if model._is_stateful:
+        with pytest.raises(ValueError, match="stateful"):  # stock: linear layers cannot go back
+            compressed(model, DyCoke(prune_ratio=0), inputs, **lookup)
+        return
     refused(model, inputs, "prompt-lookup", **lookup)
     settings = DyCoke(prune_ratio=0)
     plain, _ = compressed(model, settings, inputs, tokens=12)
@@ -500,6 +510,8 @@ def test_attentions_and_hidden_states_can_be_asked_for(family: str) -> None:
     sample = run.report.samples[0]
     rows = inputs["input_ids"].shape[1] - sample.visual_tokens + sample.kept_tokens
     bank = sample.kept_tokens - sample.active_tokens
-    assert [a.shape[-1] for a in out.attentions[0]] == [rows] * 5
-    assert [a.shape[-1] for a in out.attentions[1]] == [rows + 1] * 3 + [rows + 1 - bank] * 2
+    plain_layers = len(tiny.FAMILIES[family].full) - 2
+    assert [a.shape[-1] for a in out.attentions[0]] == [rows] * (plain_layers + 2)
+    widths = [rows + 1] * plain_layers + [rows + 1 - bank] * 2
+    assert [a.shape[-1] for a in out.attentions[1]] == widths
     assert out.hidden_states[0][0].shape[1] == rows

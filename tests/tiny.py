@@ -215,6 +215,8 @@ def _build(cls: Any, config: Any, attention: str, seed: int) -> Any:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
+            if name.endswith("A_log"):  # linear attention that forgets slowly
+                parameter.fill_(-2)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
@@ -334,6 +336,8 @@ FAMILIES = {
             for name, model, full in (
                 ("qwen3_vl", qwen3_vl, (0, 1, 2, 3, 4)),
                 ("qwen3_vl_moe", qwen3_vl, (0, 1, 2, 3, 4)),
+                ("qwen3_5", qwen3_5, (1, 3, 4)),
+                ("qwen3_5_moe", qwen3_5, (1, 3, 4)),
             )
         ),
     )

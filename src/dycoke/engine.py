@@ -25,6 +25,7 @@ from transformers import DynamicCache
 from dycoke.attention import Override, attention_of, native_mask, query_scores
 from dycoke.cache import DycokeCache, Generation, adopt, check_cache
 from dycoke.errors import UnsupportedError
+from dycoke.layers import check_layers, plan
 from dycoke.models import Layout, Prompt, VideoSpan, encoded_rows, family_of
 from dycoke.report import Report
 from dycoke.rows import Visual
@@ -129,15 +130,10 @@ class Engine:
         self._hooks: list[Any] = []
         self._overrides: list[Override] = []
         self._check_settings()
+        self.plan = plan(self.decoder.config, method.prune_layer)
 
     def _check_settings(self) -> None:
         method = self.method
-        layers = len(self._layers())
-        if method.prune_ratio > 0 and method.prune_layer >= layers:
-            raise UnsupportedError(
-                f"prune_layer={method.prune_layer} leaves no layer to prune: the decoder has "
-                f"{layers} layers; choose 1 to {layers - 1}, or prune_ratio=0"
-            )
         if method.positions == "compact" and self.rope == "3-D":
             raise UnsupportedError(
                 f"positions='compact' renumbers 1-D positions, and {self.base.config.model_type} "
@@ -148,6 +144,8 @@ class Engine:
                 "FlexAttention's block masks cannot follow rows that move; load the model with "
                 'attn_implementation="sdpa" (or flash_attention_2, eager)'
             )
+        if not method.idle:  # plain generation may do whatever it can
+            check_layers(self.decoder.config, method.prune_layer, method.prune_ratio > 0)
 
     def _layers(self) -> Sequence[nn.Module]:
         layers: Sequence[nn.Module] = self.decoder.layers
@@ -180,14 +178,13 @@ class Engine:
             )
 
     def _override_attention(self) -> None:
-        """Score in layer `prune_layer` - 1, prune from `prune_layer` on; other layers are free."""
+        """Score in one layer, prune in those above it; other layers are free."""
         prunes = self.method.prune_ratio > 0
-        last = len(self._layers()) - 1
         for i, layer in enumerate(self._layers()):
             # A trace wants the scores even where nothing is pruned.
-            if i == min(self.method.prune_layer - 1, last) and (prunes or self.trace):
+            if i == self.plan.scoring and (prunes or self.trace):
                 self._overrides.append(Override(attention_of(layer), self._scoring))
-            elif prunes and i >= self.method.prune_layer:
+            elif prunes and i in self.plan.pruned:
                 self._overrides.append(Override(attention_of(layer), self._pruning))
 
     def remove(self) -> None:
@@ -375,7 +372,7 @@ class Engine:
                 tally=step.tally,
                 refuse_crop=ASSISTED if several and rows.pruned is not rows.plain else None,
             )
-            adopt(cache, generation, method.prune_layer, len(self._layers()))
+            adopt(cache, generation, self.plan.pruned, len(self._layers()))
             inputs["past_key_values"] = cache
             step.cache, step.prefill = cache, True
 
@@ -436,7 +433,7 @@ class Engine:
             self._open(generation.tally)
         step.tally = generation.tally
 
-        rows = cache.layers[0].get_seq_length() + step.length
+        rows = cache.row_count + step.length
         step.plain_mask = generation.plain.key_mask(mask, rows, device, decode=False)
         inputs["attention_mask"] = step.plain_mask
         if self.method.positions == "compact":
@@ -490,8 +487,8 @@ class Engine:
         """What the attention function wants as a mask over a pruned layer's rows."""
         if query.device not in step.pruned_masks:
             rows = cache.generation.pruned
-            # Rows of prompt and answer, the new ones included: layer 0 has them already.
-            total = cache.layers[0].get_seq_length()
+            # Rows of prompt and answer, the new ones included: the layers below have them already.
+            total = cache.row_count
             keys = rows.key_mask(step.attention_mask, total, query.device, step.decode)
             length = total - rows.start if step.decode else total
             step.pruned_masks[query.device] = native_mask(

@@ -1,10 +1,10 @@
-"""Qwen3-VL and its MoE: a timestamp before each slice of two frames, so one run per slice."""
+"""Qwen3-VL, Qwen3.5 and their MoE: a timestamp before each slice of two frames: a run per slice."""
 
 from __future__ import annotations
 
 from dycoke.models import Prompt, VideoSpan
 
-MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe")
+MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 ROPE = "3-D"
 
 
