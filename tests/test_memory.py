@@ -47,17 +47,26 @@ def test_rows_after_prefill_and_bytes(
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     # Two buffers per layer, nothing shared and nothing beside them.
     assert len(storages) == 2 * len(full)
-    # Linear attention has states of a fixed size instead.
-    states = [s for layer in cache.layers for s in states_of(layer)]
-    fixed = sum(s.numel() * s.element_size() for s in states)
-    assert report.kv_bytes == sum(storages.values()) + fixed
+    # Other layers are those of transformers: states of a fixed size, or a window.
+    others = [layer for layer in cache.layers if layer not in full]
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_of(others)
+    }
+    assert report.kv_bytes == sum(storages.values()) + sum(held.values())
     per_row = sum(2 * t.keys.shape[1] * t.keys.shape[3] * 4 for t in full)
-    assert report.kv_bytes_full == batch * inputs["input_ids"].shape[1] * per_row + fixed
+    stock = batch * inputs["input_ids"].shape[1] * per_row
+    for layer in others:
+        for tensor in tensors_of([layer]):
+            rows = min(16, longest) / longest if hasattr(layer, "sliding_window") else 1
+            stock += tensor.untyped_storage().nbytes() * rows
+    assert report.kv_bytes_full == stock
 
 
-def states_of(layer: Any) -> list[torch.Tensor]:
-    names = ("conv_states", "recurrent_states")
-    return [state for name in names for state in getattr(layer, name, {}).values()]
+def tensors_of(layers: list[Any]) -> list[torch.Tensor]:
+    found = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    for name in ("conv_states", "recurrent_states"):
+        found += [state for layer in layers for state in getattr(layer, name, {}).values()]
+    return [tensor for tensor in found if tensor is not None]
 
 
 def tensors_in(value: object, seen: set[int]) -> list[torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import torch
 from transformers import (
     CLIPVisionConfig,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    Gemma4Model,
     LlamaConfig,
     LlavaNextVideoConfig,
     LlavaNextVideoForConditionalGeneration,
@@ -31,7 +35,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-IMAGE, VIDEO, VISION_START, VISION_END, EOS = 90, 91, 92, 93, 94
+IMAGE, VIDEO, VISION_START, VISION_END, EOS, AUDIO = 90, 91, 92, 93, 94, 95
 VOCABULARY = 96
 
 TEXT = {
@@ -50,10 +54,10 @@ TEXT = {
 }
 
 
-def llava_onevision(attention: str = "sdpa", layers: int = 5, seed: int = 0) -> Any:
-    """A side of 6 patches, pooled 2 x 2: 9 tokens per frame."""
+def llava_onevision(attention: str = "sdpa", layers: int = 5, seed: int = 0, **text: Any) -> Any:
+    """A side of 6 patches, pooled 2 x 2: 9 tokens per frame. ``text`` overrides the decoder's."""
     config = LlavaOnevisionConfig(
-        text_config=Qwen2Config(**{**TEXT, "num_hidden_layers": layers}),
+        text_config=Qwen2Config(**{**TEXT, "num_hidden_layers": layers, **text}),
         vision_config=SiglipVisionConfig(
             hidden_size=24,
             intermediate_size=32,
@@ -205,6 +209,43 @@ def qwen3_5(attention: str = "sdpa", layers: int = 5, seed: int = 0, moe: bool =
     return _build(Qwen3_5ForConditionalGeneration, config, attention, seed)
 
 
+def gemma4(attention: str = "sdpa", layers: int = 5, seed: int = 0, **text: Any) -> Any:
+    """A window of 16 in layers 0 and 2. ``text`` overrides settings of the decoder."""
+    config = Gemma4Config(
+        text_config={
+            **TEXT,
+            "num_hidden_layers": layers,
+            "layer_types": [
+                "full_attention" if i % 2 or i == 4 else "sliding_attention" for i in range(layers)
+            ],
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "sliding_window": 16,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 6,
+            **text,
+        },
+        vision_config={
+            "hidden_size": 24,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 16,
+            "initializer_range": 0.3,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=AUDIO,
+        boi_token_id=VISION_START,
+        eoi_token_id=VISION_END,
+    )
+    return _build(Gemma4ForConditionalGeneration, config, attention, seed)
+
+
 def _build(cls: Any, config: Any, attention: str, seed: int) -> Any:
     torch.manual_seed(seed)
     config._attn_implementation = attention
@@ -301,6 +342,30 @@ def qwen_inputs(
     }
 
 
+# Frames of all videos in one tensor; before that, (videos, frames, ...).
+GEMMA4_PACKS = (
+    "num_frames_per_video" in inspect.signature(Gemma4Model.get_video_features).parameters
+)
+
+
+def gemma4_inputs(
+    videos: Sequence[Sequence[int]], text: Sequence[tuple[int, int]], seed: int = 0
+) -> dict[str, Any]:
+    """Inputs for Gemma 4: frames of 4 x 6 patches, pooled 2 x 2."""
+    inputs = qwen_inputs(videos, text, seed, timestamps=True)
+    slices = inputs.pop("video_grid_thw")[:, 0]
+    pixels = inputs["pixel_values_videos"].view(-1, 24, 3 * 2 * 4 * 4)[..., :48]
+    y, x = torch.arange(4), torch.arange(6)
+    places = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).view(1, 24, 2)
+    inputs["pixel_values_videos"] = pixels
+    inputs["video_position_ids"] = places.repeat(len(pixels), 1, 1)
+    if GEMMA4_PACKS:
+        return {**inputs, "num_frames_per_video": slices}
+    for name in ("pixel_values_videos", "video_position_ids"):
+        inputs[name] = inputs[name].unflatten(0, (len(slices), -1))
+    return inputs
+
+
 stamped = functools.partial(qwen_inputs, timestamps=True)
 
 
@@ -340,5 +405,6 @@ FAMILIES = {
                 ("qwen3_5_moe", qwen3_5, (1, 3, 4)),
             )
         ),
+        Family("gemma4", gemma4, gemma4_inputs, 6, "1-D", GEMMA4_PACKS, (1, 3, 4)),
     )
 }

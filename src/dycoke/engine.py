@@ -26,7 +26,7 @@ from dycoke.attention import Override, attention_of, native_mask, query_scores
 from dycoke.cache import DycokeCache, Generation, adopt, check_cache
 from dycoke.errors import UnsupportedError
 from dycoke.layers import check_layers, plan
-from dycoke.models import Layout, Prompt, VideoSpan, encoded_rows, family_of
+from dycoke.models import Layout, Masks, Prompt, VideoSpan, encoded_rows, family_of
 from dycoke.report import Report
 from dycoke.rows import Visual
 from dycoke.shorten import shorten
@@ -121,6 +121,7 @@ class Engine:
         family = family_of(self.base.config) if layout is None else None
         self.layout: Layout = layout or family.layout  # type: ignore[union-attr]
         self.rope: str | None = getattr(family, "ROPE", None)
+        self.masks: Masks | None = getattr(family, "masks", None)
         self.implementation = self.decoder.config._attn_implementation
         self.tallies: deque[Tally] = deque(maxlen=100)
         self.step: Step | None = None
@@ -226,8 +227,9 @@ class Engine:
     def _on_prompt(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         local = self._local
         local.spans, local.reason = [], None
+        local.inputs = _named(module, args, kwargs)
         try:
-            local.spans = self._find(module, _named(module, args, kwargs))
+            local.spans = self._find(module, local.inputs)
         except _Untouched as why:
             local.reason = str(why)
         except UnsupportedError:
@@ -272,6 +274,7 @@ class Engine:
 
     def _after_prompt(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._local.spans, self._local.labels, self._local.several = [], False, False
+        self._local.inputs = None
 
     # The decoder's hooks: drop rows, take over the cache, count
 
@@ -348,7 +351,7 @@ class Engine:
         method = self.method
         batch, length, _ = inputs["inputs_embeds"].shape
         cache = self._checked_cache(inputs)
-        self._check_unchanged(inputs.get("attention_mask"))
+        inputs["attention_mask"] = self._checked_mask(inputs.get("attention_mask"))
         rows, masks = shorten(inputs, spans, method, cached=cache is not None)
 
         if not self._continues(step, cache, several=False):
@@ -375,6 +378,9 @@ class Engine:
             adopt(cache, generation, self.plan.pruned, len(self._layers()))
             inputs["past_key_values"] = cache
             step.cache, step.prefill = cache, True
+        if self.masks is not None:
+            made = self.masks(self.base.config, self._local.inputs, inputs, rows)
+            inputs["attention_mask"] = inputs["attention_mask"] if made is None else made
 
     def _checked_cache(self, inputs: dict[str, Any]) -> DynamicCache | None:
         """The empty `DynamicCache` to take over; None without a cache; else an error."""
@@ -394,7 +400,13 @@ class Engine:
         check_cache(cache)
         return cache
 
-    def _check_unchanged(self, mask: Any) -> None:
+    def _checked_mask(self, mask: Any) -> Tensor | None:
+        """The 2-D mask of this forward, or None; else an error."""
+        given = getattr(self._local, "inputs", None)
+        if isinstance(mask, dict) and given is not None:
+            # One mask per kind of layer, made for the whole prompt. Given the model's 2-D mask,
+            # the decoder makes them anew.
+            mask = given.get("attention_mask")
         now = self.decoder.config._attn_implementation
         if now != self.implementation:
             raise UnsupportedError(
@@ -407,12 +419,12 @@ class Engine:
                 f"DyCoke needs the 2-D attention mask of the prompt and got {shape}; pass the "
                 "processor's attention_mask, and no static or compiled cache"
             )
+        return mask
 
     def _go_on(self, step: Step, cache: DycokeCache, inputs: dict[str, Any], several: bool) -> None:
         """A decode step, or the forward of a new turn, on a cache of ours."""
-        generation, mask = cache.generation, inputs.get("attention_mask")
-        device = inputs["inputs_embeds"].device
-        self._check_unchanged(mask)
+        generation, device = cache.generation, inputs["inputs_embeds"].device
+        mask = self._checked_mask(inputs.get("attention_mask"))
         if generation.owner != self.method:
             raise UnsupportedError(
                 f"this cache was made with {generation.owner} and cannot go on with {self.method}"
@@ -494,7 +506,11 @@ class Engine:
             step.pruned_masks[query.device] = native_mask(
                 self.implementation, self.decoder.config, query, step.length, length, keys
             )
-        return step.pruned_masks[query.device]
+        mask = step.pruned_masks[query.device]
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            # Layers that share keys may be asked for the newest tokens only.
+            mask = mask[:, :, -query.shape[2] :]
+        return mask
 
 
 ASSISTED = (

@@ -4,7 +4,8 @@ One file per family, found by ``config.model_type``. Each states
 
 - ``MODEL_TYPES``: the ``config.model_type`` values it serves,
 - ``ROPE``: ``"1-D"`` or ``"3-D"``,
-- ``layout(prompt) -> list[VideoSpan]``.
+- ``layout(prompt) -> list[VideoSpan]``,
+- and, where the model's masks are more than causal and windowed, ``masks`` (`Masks`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dycoke.errors import UnsupportedError
+from dycoke.rows import Arrangement
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +169,14 @@ class Prompt:
 
 Layout = Callable[[Prompt], list[VideoSpan]]
 """Finds the videos of a prompt; a family's own, or one that a user passes."""
+
+
+Masks = Callable[[Any, Mapping[str, Any], Mapping[str, Any], Arrangement], dict[str, Any] | None]
+"""Makes a prompt's masks anew once it is shortened, or returns None where the usual ones do.
+
+Takes the model's config, what the model received, what its decoder will receive (shortened), and
+the rows that stayed. Returns a mask per kind of layer.
+"""
 
 
 def encoded_rows(mm_encoder_outputs: Any) -> list[int] | None:
