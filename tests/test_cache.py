@@ -162,9 +162,21 @@ def test_linear_layers_cannot_forget() -> None:
     cache = output.past_key_values
     assert not cache.is_croppable
     length = cache.get_seq_length()
+    cache.crop(0)
     with pytest.raises(UnsupportedError, match="linear attention layers cannot forget"):
         cache.crop(-1)
     assert cache.get_seq_length() == length
+
+
+def test_a_window_cannot_give_back_what_it_forgot() -> None:
+    model, inputs = model_of("gemma4"), inputs_of("gemma4", [[4]], [(5, 7)])
+    output, _ = compressed(model, DyCoke(prune_ratio=0), inputs, tokens=2)
+    cache = output.past_key_values
+    rows, length = cache.row_count, cache.get_seq_length()
+    cache.crop(0)
+    with pytest.raises(UnsupportedError, match="a sliding window of 16 have forgotten"):
+        cache.crop(-1)
+    assert (cache.row_count, cache.get_seq_length()) == (rows, length)
 
 
 @families
@@ -188,3 +200,18 @@ def test_copied_and_chosen_rows_of_the_batch_go_on_alike(family: str) -> None:
         one = model(**picked, past_key_values=chosen).logits
     close(twice, plain.repeat_interleave(2, 0), 1e-5)
     close(one, plain[1:], 1e-5)
+
+
+@families
+def test_a_refused_use_changes_nothing(family: str) -> None:
+    """Outside the context: linear layers would take the new tokens into their states."""
+    model, inputs = model_of(family), inputs_of(family, [[5]], [(5, 7)])
+    places = inputs["attention_mask"].sum(1, keepdim=True)
+    step = {"input_ids": torch.tensor([[3]]), "position_ids": places}
+    with DyCoke()(model), torch.no_grad():
+        caches = [generate(model, inputs, tokens=1).past_key_values for _ in range(2)]
+        expected = model(**step, past_key_values=caches[0]).logits
+    with torch.no_grad(), pytest.raises(UnsupportedError, match="inside the `with` block"):
+        model(**step, past_key_values=caches[1])
+    with DyCoke()(model), torch.no_grad():
+        assert torch.equal(model(**step, past_key_values=caches[1]).logits, expected)

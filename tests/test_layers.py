@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from dycoke.layers import Plan, layer_types, plan
+from dycoke.errors import UnsupportedError
+from dycoke.layers import Plan, check_layers, layer_types, plan
 
 F, S, L = "full_attention", "sliding_attention", "linear_attention"
 
@@ -39,6 +40,11 @@ def config(types: list[str] | None = None, **kwargs: Any) -> Any:
 )
 def test_plans(types: list[str], shared: int, prune_layer: int, expected: Plan) -> None:
     assert plan(config(types, num_kv_shared_layers=shared), prune_layer) == expected
+
+
+def test_a_decoder_that_does_not_generate_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="in both directions"):
+        check_layers(config([F] * 4, is_causal=False), 2, prunes=False)
 
 
 def test_kinds_that_a_config_does_not_list() -> None:

@@ -224,7 +224,10 @@ class DycokeCache(DynamicCache):
         generation.length = left
         if count:
             generation.visual.previous = None
-        super().crop(-count)
+        for layer in self.layers:
+            # Layers that record what they would forget wait for a crop, be it by nothing.
+            if count or getattr(layer, "record_past", False):
+                layer.crop(-count)
 
     def _check_stock_crop(self, count: int) -> None:
         """Refuse to forget what a layer cannot, before any layer has forgotten something."""

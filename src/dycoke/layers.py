@@ -74,6 +74,11 @@ def check_layers(config: Any, prune_layer: int, prunes: bool) -> None:
             f"the decoder has layers of the kind {', '.join(others)}, and DyCoke knows "
             f"{', '.join(KNOWN)}; this model cannot be compressed yet"
         )
+    if getattr(config, "is_causal", True) is False:
+        raise UnsupportedError(
+            "the decoder attends in both directions, and DyCoke needs one that generates; load a "
+            "checkpoint whose config has is_causal"
+        )
     last = plan(config, prune_layer).last
     if prunes and last == 0:
         raise UnsupportedError(

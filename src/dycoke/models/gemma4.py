@@ -42,7 +42,7 @@ def masks(
     from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
     frames = gemma4.get_block_sequence_ids_for_mask(types, device=rows.source.device)
-    frames = frames.gather(1, rows.source).masked_fill(rows.plain.index < 0, -1)
+    frames = frames.gather(1, rows.source)
     made: dict[str, Any] = gemma4.create_masks_for_vision_model(
         config=text,
         inputs_embeds=inputs["inputs_embeds"],
