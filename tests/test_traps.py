@@ -134,7 +134,8 @@ def test_labels_and_training_pass_untouched(family: str) -> None:
 @families
 def test_embeddings_without_ids_warn_and_pass(family: str) -> None:
     model = model_of(family)
-    embeds = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0))
+    # Known embeddings: Gemma 4 looks up which tokens they are.
+    embeds = model.get_input_embeddings()(torch.tensor([[5, 6, 7, 8, 9, 10]])).detach()
     plain = model(inputs_embeds=embeds).logits
     with DyCoke()(model) as run:
         with pytest.warns(UserWarning, match="cannot find the video tokens"):
@@ -356,14 +357,20 @@ def test_caches_that_are_refused(family: str) -> None:
         assert torch.equal(ours.sequences, plain)
 
 
-def test_sliding_layers_are_refused() -> None:
-    model = tiny.FAMILIES["llava_onevision"].model()
-    text = model.config.get_text_config()
-    text.layer_types = ["full_attention"] * 4 + ["sliding_attention"]
-    text.sliding_window = 16
-    refused(
-        model, inputs_of("llava_onevision", *ONE), "not full attention .DynamicSlidingWindowLayer"
-    )
+def test_decoders_that_are_refused() -> None:
+    """Where no layer can be pruned, or one is of a kind that nobody knows."""
+    for kinds, settings, match in (
+        (["sliding_attention"] * 5, DyCoke(), "has 0 full-attention layers among 5"),
+        (["full_attention"] + ["sliding_attention"] * 4, DyCoke(), "has 1 full-attention layers"),
+        (["full_attention"] * 4 + ["sliding_attention"], DyCoke(prune_layer=4), "choose 1 to 3"),
+        (["chunked_attention"] * 5, DyCoke(prune_ratio=0), "of the kind chunked_attention"),
+    ):
+        model = tiny.FAMILIES["llava_onevision"].model()
+        model.config.get_text_config().layer_types = kinds
+        with untouched(model), pytest.raises(UnsupportedError, match=match):
+            dycoke.apply(model, settings)
+        with DyCoke(merge_ratio=0, prune_ratio=0)(model):
+            pass
 
 
 @families
@@ -391,6 +398,10 @@ def test_assisted_decoding(family: str) -> None:
     # A repetitive prompt, so that prompt lookup finds candidates at once.
     inputs["input_ids"][0, -6:] = torch.tensor([3, 4, 3, 4, 3, 4])
     lookup = {"prompt_lookup_num_tokens": 3}
+    if model._is_stateful:
+        with pytest.raises(ValueError, match="stateful"):  # stock: linear layers cannot go back
+            compressed(model, DyCoke(prune_ratio=0), inputs, **lookup)
+        return
     refused(model, inputs, "prompt-lookup", **lookup)
     settings = DyCoke(prune_ratio=0)
     plain, _ = compressed(model, settings, inputs, tokens=12)
@@ -517,6 +528,16 @@ def test_attentions_and_hidden_states_can_be_asked_for(family: str) -> None:
     sample = run.report.samples[0]
     rows = inputs["input_ids"].shape[1] - sample.visual_tokens + sample.kept_tokens
     bank = sample.kept_tokens - sample.active_tokens
-    assert [a.shape[-1] for a in out.attentions[0]] == [rows] * 5
-    assert [a.shape[-1] for a in out.attentions[1]] == [rows + 1] * 3 + [rows + 1 - bank] * 2
+    full = tiny.FAMILIES[family].full
+
+    def widths(maps: Any) -> list[int]:
+        """Of the full-attention layers; linear ones have no maps, others may have."""
+        return [
+            (a if len(maps) == len(full) else maps[i]).shape[-1]
+            for a, i in zip(maps, full, strict=False)
+        ]
+
+    assert widths(out.attentions[0]) == [rows] * len(full)
+    expected = [rows + 1] * (len(full) - 2) + [rows + 1 - bank] * 2
+    assert widths(out.attentions[1]) == expected
     assert out.hidden_states[0][0].shape[1] == rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 import transformers
 from transformers import (
     CLIPVisionConfig,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    Gemma4Model,
     Glm4vConfig,
     Glm4vForConditionalGeneration,
     Glm4vMoeConfig,
@@ -45,7 +49,7 @@ from transformers import (
 )
 
 IMAGE, VIDEO, VISION_START, VISION_END, EOS = 90, 91, 92, 93, 94
-VIDEO_START, VIDEO_END = 89, 95
+VIDEO_START, VIDEO_END, AUDIO = 89, 95, 95
 VOCABULARY = 96
 
 TEXT = {
@@ -64,10 +68,10 @@ TEXT = {
 }
 
 
-def llava_onevision(attention: str = "sdpa", layers: int = 5, seed: int = 0) -> Any:
-    """A side of 6 patches, pooled 2 x 2: 9 tokens per frame."""
+def llava_onevision(attention: str = "sdpa", layers: int = 5, seed: int = 0, **text: Any) -> Any:
+    """A side of 6 patches, pooled 2 x 2: 9 tokens per frame. ``text`` overrides the decoder's."""
     config = LlavaOnevisionConfig(
-        text_config=Qwen2Config(**{**TEXT, "num_hidden_layers": layers}),
+        text_config=Qwen2Config(**{**TEXT, "num_hidden_layers": layers, **text}),
         vision_config=SiglipVisionConfig(
             hidden_size=24,
             intermediate_size=32,
@@ -325,6 +329,43 @@ def qwen3_5(attention: str = "sdpa", layers: int = 5, seed: int = 0, moe: bool =
     return _build(Qwen3_5ForConditionalGeneration, config, attention, seed)
 
 
+def gemma4(attention: str = "sdpa", layers: int = 5, seed: int = 0, **text: Any) -> Any:
+    """A window of 16 in layers 0 and 2. ``text`` overrides settings of the decoder."""
+    config = Gemma4Config(
+        text_config={
+            **TEXT,
+            "num_hidden_layers": layers,
+            "layer_types": [
+                "full_attention" if i % 2 or i == 4 else "sliding_attention" for i in range(layers)
+            ],
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "sliding_window": 16,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 6,
+            **text,
+        },
+        vision_config={
+            "hidden_size": 24,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 16,
+            "initializer_range": 0.3,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=AUDIO,
+        boi_token_id=VISION_START,
+        eoi_token_id=VISION_END,
+    )
+    return _build(Gemma4ForConditionalGeneration, config, attention, seed)
+
+
 def _build(cls: Any, config: Any, attention: str, seed: int) -> Any:
     torch.manual_seed(seed)
     config._attn_implementation = attention
@@ -335,6 +376,8 @@ def _build(cls: Any, config: Any, attention: str, seed: int) -> Any:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
+            if name.endswith("A_log"):  # linear attention that forgets slowly
+                parameter.fill_(-2)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
@@ -486,6 +529,29 @@ def image_inputs(videos: Any, text: Any, seed: int = 0, padded: bool = False) ->
 
 padded_image_inputs = functools.partial(image_inputs, padded=True)
 
+# Frames of all videos in one tensor; before that, (videos, frames, ...).
+GEMMA4_PACKS = (
+    "num_frames_per_video" in inspect.signature(Gemma4Model.get_video_features).parameters
+)
+
+
+def gemma4_inputs(
+    videos: Sequence[Sequence[int]], text: Sequence[tuple[int, int]], seed: int = 0
+) -> dict[str, Any]:
+    """Inputs for Gemma 4: frames of 4 x 6 patches, pooled 2 x 2."""
+    inputs = qwen_inputs(videos, text, seed, timestamps=True)
+    slices = inputs.pop("video_grid_thw")[:, 0]
+    pixels = inputs["pixel_values_videos"].view(-1, 24, 3 * 2 * 4 * 4)[..., :48]
+    y, x = torch.arange(4), torch.arange(6)
+    places = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).view(1, 24, 2)
+    inputs["pixel_values_videos"] = pixels
+    inputs["video_position_ids"] = places.repeat(len(pixels), 1, 1)
+    if GEMMA4_PACKS:
+        return {**inputs, "num_frames_per_video": slices}
+    for name in ("pixel_values_videos", "video_position_ids"):
+        inputs[name] = inputs[name].unflatten(0, (len(slices), -1))
+    return inputs
+
 
 stamped = functools.partial(qwen_inputs, timestamps=True)
 
@@ -549,7 +615,10 @@ FAMILIES = {
             for name, model, full in (
                 ("qwen3_vl", qwen3_vl, (0, 1, 2, 3, 4)),
                 ("qwen3_vl_moe", qwen3_vl, (0, 1, 2, 3, 4)),
+                ("qwen3_5", qwen3_5, (1, 3, 4)),
+                ("qwen3_5_moe", qwen3_5, (1, 3, 4)),
             )
         ),
+        Family("gemma4", gemma4, gemma4_inputs, 6, "1-D", GEMMA4_PACKS, (1, 3, 4)),
     )
 }

@@ -27,8 +27,9 @@ from dycoke.attention import Override, attention_of, native_mask, query_scores
 from dycoke.cache import DycokeCache, Generation, adopt, check_cache, prompt_of
 from dycoke.errors import UnsupportedError
 from dycoke.finder import Finder, Frames
+from dycoke.layers import check_layers, plan
 from dycoke.lead import lead_of
-from dycoke.models import Layout, VideoSpan
+from dycoke.models import Layout, Masks, VideoSpan
 from dycoke.report import Report
 from dycoke.rows import Visual
 from dycoke.shorten import shorten
@@ -126,6 +127,7 @@ class Engine:
         self.base: Any = model.base_model
         self.decoder: Any = model.get_decoder()
         self.finder = Finder(self.base.config, layout, frames)
+        self.masks: Masks | None = getattr(self.finder.family, "masks", None)
         # Where a model knows no logits_to_keep, nothing tells candidates from a new turn. A bare
         # base model is not what generate runs.
         known = inspect.signature(model.forward).parameters
@@ -139,15 +141,10 @@ class Engine:
         self._hooks: list[Any] = []
         self._overrides: list[Override] = []
         self._check_settings()
+        self.plan = plan(self.decoder.config, method.prune_layer)
 
     def _check_settings(self) -> None:
         method = self.method
-        layers = len(self._layers())
-        if method.prune_ratio > 0 and method.prune_layer >= layers:
-            raise UnsupportedError(
-                f"prune_layer={method.prune_layer} leaves no layer to prune: the decoder has "
-                f"{layers} layers; choose 1 to {layers - 1}, or prune_ratio=0"
-            )
         if method.positions == "compact" and self.finder.rope == "3-D":
             raise UnsupportedError(
                 f"positions='compact' renumbers 1-D positions, and {self.base.config.model_type} "
@@ -158,6 +155,8 @@ class Engine:
                 "FlexAttention's block masks cannot follow rows that move; load the model with "
                 'attn_implementation="sdpa" (or flash_attention_2, eager)'
             )
+        if not method.idle:  # plain generation may do whatever it can
+            check_layers(self.decoder.config, method.prune_layer, method.prune_ratio > 0)
 
     def _layers(self) -> Sequence[nn.Module]:
         layers: Sequence[nn.Module] = self.decoder.layers
@@ -208,14 +207,13 @@ class Engine:
         setattr(self.model, POSITIONS, prepare)
 
     def _override_attention(self) -> None:
-        """Score in layer `prune_layer` - 1, prune from `prune_layer` on; other layers are free."""
+        """Score in one layer, prune in those above it; other layers are free."""
         prunes = self.method.prune_ratio > 0
-        last = len(self._layers()) - 1
         for i, layer in enumerate(self._layers()):
             # A trace wants the scores even where nothing is pruned.
-            if i == min(self.method.prune_layer - 1, last) and (prunes or self.trace):
+            if i == self.plan.scoring and (prunes or self.trace):
                 self._overrides.append(Override(attention_of(layer), self._scoring))
-            elif prunes and i >= self.method.prune_layer:
+            elif prunes and i in self.plan.pruned:
                 self._overrides.append(Override(attention_of(layer), self._pruning))
 
     def remove(self) -> None:
@@ -260,8 +258,7 @@ class Engine:
     ) -> tuple[tuple[()], dict[str, Any]]:
         local = self._local
         local.spans, local.reason = [], None
-        inputs = dict(_named(module, args, kwargs))
-        local.ids = inputs.get("input_ids")
+        local.inputs = inputs = dict(_named(module, args, kwargs))
         try:
             local.spans = self._find(module, inputs)
         except _Untouched as why:
@@ -315,7 +312,7 @@ class Engine:
 
     def _after_prompt(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         local = self._local
-        local.spans, local.ids, local.labels, local.several = [], None, False, False
+        local.spans, local.inputs, local.labels, local.several = [], None, False, False
 
     # The decoder's hooks: drop rows, take over the cache, count
 
@@ -392,8 +389,8 @@ class Engine:
         method = self.method
         batch, length, _ = inputs["inputs_embeds"].shape
         cache = self._checked_cache(inputs)
-        mask = inputs.get("attention_mask")
-        self._check_unchanged(mask)
+        mask = self._checked_mask(inputs.get("attention_mask"))
+        inputs["attention_mask"] = mask
         lead = lead_of(inputs.get("position_ids"), mask, inputs["inputs_embeds"])
         rows, masks = shorten(inputs, spans, method, cached=cache is not None)
 
@@ -409,7 +406,7 @@ class Engine:
         if cache is not None:
             generation = Generation(
                 owner=method,
-                prompt=prompt_of(self._local.ids, mask),
+                prompt=prompt_of(self._local.inputs["input_ids"], mask),
                 prompt_length=length,
                 length=0,
                 plain=rows.plain,
@@ -421,9 +418,12 @@ class Engine:
                 refuse_crop=ASSISTED if several and rows.pruned is not rows.plain else None,
                 refuse_below=0 if self.tells or rows.pruned is rows.plain else length,
             )
-            adopt(cache, generation, method.prune_layer, len(self._layers()))
+            adopt(cache, generation, self.plan.pruned, len(self._layers()))
             inputs["past_key_values"] = cache
             step.cache, step.prefill = cache, True
+        if self.masks is not None:
+            made = self.masks(self.base.config, self._local.inputs, inputs, rows)
+            inputs["attention_mask"] = inputs["attention_mask"] if made is None else made
 
     def _checked_cache(self, inputs: dict[str, Any]) -> DynamicCache | None:
         """The empty `DynamicCache` to take over; None without a cache; else an error."""
@@ -443,7 +443,13 @@ class Engine:
         check_cache(cache)
         return cache
 
-    def _check_unchanged(self, mask: Any) -> None:
+    def _checked_mask(self, mask: Any) -> Tensor | None:
+        """The 2-D mask of this forward, or None; else an error."""
+        given = getattr(self._local, "inputs", None)
+        if isinstance(mask, dict) and given is not None:
+            # One mask per kind of layer, made for the whole prompt. Given the model's 2-D mask,
+            # the decoder makes them anew.
+            mask = given.get("attention_mask")
         now = self.decoder.config._attn_implementation
         if now != self.implementation:
             raise UnsupportedError(
@@ -456,12 +462,12 @@ class Engine:
                 f"DyCoke needs the 2-D attention mask of the prompt and got {shape}; pass the "
                 "processor's attention_mask, and no static or compiled cache"
             )
+        return mask
 
     def _go_on(self, step: Step, cache: DycokeCache, inputs: dict[str, Any], several: bool) -> None:
         """A decode step, or the forward of a new turn, on a cache of ours."""
-        generation, mask = cache.generation, inputs.get("attention_mask")
-        device = inputs["inputs_embeds"].device
-        self._check_unchanged(mask)
+        generation, device = cache.generation, inputs["inputs_embeds"].device
+        mask = self._checked_mask(inputs.get("attention_mask"))
         if generation.owner != self.method:
             raise UnsupportedError(
                 f"this cache was made with {generation.owner} and cannot go on with {self.method}"
@@ -485,7 +491,7 @@ class Engine:
             self._open(generation.tally)
         step.tally = generation.tally
 
-        rows = cache.layers[0].get_seq_length() + step.length
+        rows = cache.row_count + step.length
         step.plain_mask = generation.plain.key_mask(mask, rows, device, decode=False)
         inputs["attention_mask"] = step.plain_mask
         if self.method.positions == "compact":
@@ -539,14 +545,18 @@ class Engine:
         """What the attention function wants as a mask over a pruned layer's rows."""
         if query.device not in step.pruned_masks:
             rows = cache.generation.pruned
-            # Rows of prompt and answer, the new ones included: layer 0 has them already.
-            total = cache.layers[0].get_seq_length()
+            # Rows of prompt and answer, the new ones included: the layers below have them already.
+            total = cache.row_count
             keys = rows.key_mask(step.attention_mask, total, query.device, step.decode)
             length = total - rows.start if step.decode else total
             step.pruned_masks[query.device] = native_mask(
                 self.implementation, self.decoder.config, query, step.length, length, keys
             )
-        return step.pruned_masks[query.device]
+        mask = step.pruned_masks[query.device]
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            # Layers that share keys may be asked for the newest tokens only.
+            mask = mask[:, :, -query.shape[2] :]
+        return mask
 
 
 ASSISTED = (

@@ -13,7 +13,13 @@ from dycoke.models import VideoSpan
 from dycoke.rows import Arrangement, arrange
 
 # What `shorten` takes care of, whatever its length.
-DONE = ("inputs_embeds", "position_ids", "attention_mask", "visual_pos_masks")
+DONE = (
+    "inputs_embeds",
+    "position_ids",
+    "attention_mask",
+    "per_layer_inputs",
+    "visual_pos_masks",
+)
 
 
 class Merger(Protocol):
@@ -34,7 +40,7 @@ def shorten(
     ----------
     inputs : the decoder's arguments, changed in place: inputs_embeds (B, S, D) becomes (B, R, D),
         position_ids (..., B, S) becomes (..., B, R), attention_mask (B, S) becomes (B, R) or None,
-        deepstack features keep the rows of the tokens that stay.
+        per_layer_inputs and deepstack features keep the rows of the tokens that stay.
     spans : where the videos are.
     method : what decides.
     cached : whether the decoder will have a cache.
@@ -67,7 +73,9 @@ def shorten(
         # Stated, since the decoder would number the shortened prompt through.
         position_ids = torch.arange(length, device=device)[None]
     inputs["position_ids"] = _positions(position_ids, rows, method.positions == "compact")
-    inputs["inputs_embeds"] = embeds[torch.arange(batch, device=device)[:, None], rows.source]
+    inputs["inputs_embeds"] = _gather(embeds, rows)
+    if inputs.get("per_layer_inputs") is not None:  # what each layer is told of a token's id
+        inputs["per_layer_inputs"] = _gather(inputs["per_layer_inputs"], rows)
     key_mask = rows.plain.key_mask(mask, rows.source.shape[1], device, decode=False)
     if key_mask is None and not cached:
         # Gaps in the positions of a prompt without mask and cache read as packed sequences.
@@ -76,6 +84,12 @@ def shorten(
     _deepstack(inputs, rows)
     _check_rest(inputs, batch, length)
     return rows, masks
+
+
+def _gather(values: Tensor, rows: Arrangement) -> Tensor:
+    """The rows that stay: (B, S, ...) -> (B, R, ...)."""
+    source = rows.source.to(values.device)
+    return values[torch.arange(len(source), device=values.device)[:, None], source]
 
 
 def _deepstack(inputs: dict[str, Any], rows: Arrangement) -> None:

@@ -154,8 +154,16 @@ def alone(family: str, videos: Any, text: Any, sample: int, batch: dict[str, Any
             inputs["pixel_values"] = pixels[sample : sample + 1, : images[sample]]
         else:
             inputs["pixel_values"] = pixels.split(images)[sample]
+    elif "num_frames_per_video" in batch:
+        frames = batch["num_frames_per_video"].tolist()
+        for name in ("pixel_values_videos", "video_position_ids"):
+            inputs[name] = torch.cat(batch[name].split(frames)[mine])
+        inputs["num_frames_per_video"] = batch["num_frames_per_video"][mine]
+        inputs["mm_token_type_ids"] = (ids == tiny.VIDEO).long() * 2
     else:
-        inputs["pixel_values_videos"] = batch["pixel_values_videos"][mine]
+        for name in ("pixel_values_videos", "video_position_ids"):
+            if name in batch:
+                inputs[name] = batch[name][mine]
     return inputs
 
 

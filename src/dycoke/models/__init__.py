@@ -12,7 +12,8 @@ and what differs from the usual
 
 - ``FRAMES``: what its frames may be given as, of ``"videos"`` (the default) and ``"images"``,
 - ``VIDEO_TOKEN``: the config's name for the placeholder of a video, if not ``"video_token_id"``,
-- ``PROCESSOR``: arguments without which its processor makes prompts that cannot be compressed.
+- ``PROCESSOR``: arguments without which its processor makes prompts that cannot be compressed,
+- ``masks`` (`Masks`), where the model's masks are more than causal and windowed.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 from dycoke.errors import UnsupportedError
+from dycoke.rows import Arrangement
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +202,13 @@ Layout = Callable[[Prompt], list[VideoSpan]]
 """Finds the videos of a prompt; a family's own, or one that a user passes."""
 
 PIXELS = {"video": "pixel_values_videos", "image": "pixel_values"}
+
+Masks = Callable[[Any, Mapping[str, Any], Mapping[str, Any], Arrangement], dict[str, Any] | None]
+"""Makes a prompt's masks anew once it is shortened, or returns None where the usual ones do.
+
+Takes the model's config, what the model received, what its decoder will receive (shortened), and
+the rows that stayed. Returns a mask per kind of layer.
+"""
 
 
 @cache
