@@ -27,7 +27,7 @@ from dycoke.attention import Override, attention_of, native_mask, query_scores
 from dycoke.cache import DycokeCache, Generation, adopt, check_cache, prompt_of
 from dycoke.errors import UnsupportedError
 from dycoke.finder import Finder, Frames
-from dycoke.layers import check_layers, plan
+from dycoke.layers import FULL, check_layers, layer_types, plan
 from dycoke.lead import lead_of
 from dycoke.models import Layout, Masks, VideoSpan
 from dycoke.report import Report
@@ -480,6 +480,7 @@ class Engine:
         step.cache, step.attention_mask = cache, mask
         generation.refuse_below = 0
         if step.length > 1:
+            self._check_no_gap(mask, step.length)
             generation.visual.previous = None  # what follows selects anew
             generation.refuse_crop = ASSISTED if several and generation.prunes else None
             generation.refuse_below = 0 if self.tells or not generation.prunes else step.length
@@ -500,6 +501,16 @@ class Engine:
                 position_ids = torch.arange(generation.length, total, device=device)[None]
             dropped = generation.dropped.to(position_ids.device)
             inputs["position_ids"] = position_ids - dropped[:, None]
+
+    def _check_no_gap(self, mask: Tensor | None, new: int) -> None:
+        """Padding between a cached prompt and new tokens: only full attention can look past it."""
+        if mask is None or set(layer_types(self.decoder.config)) == {FULL}:
+            return
+        if not mask[:, -new:].all():
+            raise UnsupportedError(
+                "padding between a cached prompt and its question: layers with linear attention or "
+                "a window take it for tokens; ask questions of one length together, or one by one"
+            )
 
     # Inside the layers
 
