@@ -10,7 +10,6 @@ Nothing here knows a model family (`models`) or a formula (`merging`, `selection
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
 import warnings
@@ -28,6 +27,7 @@ from dycoke.cache import DycokeCache, Generation, adopt, check_cache, prompt_of
 from dycoke.errors import UnsupportedError
 from dycoke.lead import lead_of
 from dycoke.models import Layout, Prompt, VideoSpan, encoded_rows, family_of
+from dycoke.onward import Onward, place
 from dycoke.report import Report
 from dycoke.rows import Visual
 from dycoke.shorten import shorten
@@ -130,6 +130,7 @@ class Engine:
         self._owner: int | None = None
         self._hooks: list[Any] = []
         self._overrides: list[Override] = []
+        self._onward: Onward | None = None
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -170,7 +171,7 @@ class Engine:
                 self._hook_forward(self.model, self._on_call, None)
             self._hook_forward(self.base, self._on_prompt, self._after_prompt)
             self._hook_forward(self.decoder, self._enter, self._leave)
-            self._wrap_positions()
+            self._onward = Onward(self.model, self.method.idle)
         except BaseException:
             self.remove()
             raise
@@ -181,23 +182,6 @@ class Engine:
             self._hooks.append(
                 module.register_forward_hook(after, with_kwargs=True, always_call=True)
             )
-
-    def _wrap_positions(self) -> None:
-        """generate's positions come from the cache that it goes on with, not from the model."""
-        inner = getattr(self.model, POSITIONS, None)
-        if inner is None:
-            return
-
-        @functools.wraps(inner)
-        def prepare(inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
-            mask = model_kwargs.get("attention_mask")
-            if (cache := _ours(model_kwargs)) is not None and mask is not None:
-                ids = model_kwargs.get("input_ids")
-                cache.check_prompt(inputs_tensor if ids is None or not ids.numel() else ids, mask)
-            positions = _go_on_from(model_kwargs, mask)
-            return inner(inputs_tensor, model_kwargs) if positions is None else positions
-
-        setattr(self.model, POSITIONS, prepare)
 
     def _override_attention(self) -> None:
         """Score in layer `prune_layer` - 1, prune from `prune_layer` on; other layers are free."""
@@ -217,8 +201,9 @@ class Engine:
             hook.remove()
         for override in self._overrides:
             override.restore()
-        vars(self.model).pop(POSITIONS, None)
-        self._hooks, self._overrides = [], []
+        if self._onward is not None:
+            self._onward.restore()
+        self._hooks, self._overrides, self._onward = [], [], None
         if engine_of(self.model) is self:
             del _ENGAGED[self.decoder]
         self._release()
@@ -261,13 +246,7 @@ class Engine:
         except UnsupportedError:
             if not self.method.idle:  # plain generation may do whatever it can
                 raise
-        if inputs.get("position_ids") is None and inputs.get("input_ids") is not None:
-            positions = _go_on_from(inputs, inputs.get("attention_mask"))
-            if positions is not None:
-                positions = positions[..., -inputs["input_ids"].shape[1] :]
-                inputs["position_ids"] = (
-                    positions.expand(3, -1, -1) if positions.ndim == 3 else positions
-                )
+        place(inputs)
         return (), inputs
 
     def _find(self, module: Any, inputs: dict[str, Any]) -> list[VideoSpan]:
@@ -316,6 +295,7 @@ class Engine:
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
         self._acquire()
+        self._check_attention()
         inputs = dict(_named(module, args, kwargs))
         spans: list[VideoSpan] = getattr(self._local, "spans", [])
         several: bool = getattr(self._local, "several", False)
@@ -386,7 +366,7 @@ class Engine:
         batch, length, _ = inputs["inputs_embeds"].shape
         cache = self._checked_cache(inputs)
         mask = inputs.get("attention_mask")
-        self._check_unchanged(mask)
+        self._check_mask(mask)
         lead = lead_of(inputs.get("position_ids"), mask, inputs["inputs_embeds"])
         rows, masks = shorten(inputs, spans, method, cached=cache is not None)
 
@@ -435,13 +415,17 @@ class Engine:
         check_cache(cache)
         return cache
 
-    def _check_unchanged(self, mask: Any) -> None:
+    def _check_attention(self) -> None:
+        """Overridden layers would go on with the old implementation, in any forward."""
         now = self.decoder.config._attn_implementation
-        if now != self.implementation:
-            raise UnsupportedError(
-                f"the attention implementation changed from {self.implementation!r} to {now!r} "
-                "inside the context; change it before entering"
-            )
+        if now == self.implementation or not self._overrides:
+            return
+        raise UnsupportedError(
+            f"the attention implementation changed from {self.implementation!r} to {now!r} "
+            "inside the context; change it before entering"
+        )
+
+    def _check_mask(self, mask: Any) -> None:
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise UnsupportedError(
@@ -453,7 +437,7 @@ class Engine:
         """A decode step, or the forward of a new turn, on a cache of ours."""
         generation, mask = cache.generation, inputs.get("attention_mask")
         device = inputs["inputs_embeds"].device
-        self._check_unchanged(mask)
+        self._check_mask(mask)
         if generation.owner != self.method:
             raise UnsupportedError(
                 f"this cache was made with {generation.owner} and cannot go on with {self.method}"
@@ -543,33 +527,6 @@ ASSISTED = (
     "assisted and prompt-lookup decoding check several tokens in one forward, which attends to "
     "everything: with prune_ratio > 0 the answer would differ; use prune_ratio=0, or decode plainly"
 )
-
-
-# Where generate works out the positions of a prompt, the part that is cached already included.
-POSITIONS = "_prepare_position_ids_for_generation"
-
-
-def _ours(inputs: dict[str, Any]) -> DycokeCache | None:
-    cache = inputs.get("past_key_values")
-    return cache if isinstance(cache, DycokeCache) else None
-
-
-def _go_on_from(inputs: dict[str, Any], mask: Tensor | None) -> Tensor | None:
-    """Positions of prompt and text that goes on with a cache of ours; else None.
-
-    Images that come later have positions of their own, which transformers works out.
-    """
-    cache, ids = _ours(inputs), inputs.get("input_ids")
-    if cache is None or any(value is not None and "pixel" in key for key, value in inputs.items()):
-        return None
-    cached = cache.generation.length
-    if mask is not None:
-        length, batch = mask.shape[1], len(mask)
-    elif ids is not None:
-        length, batch = cached + ids.shape[1], len(ids)
-    else:
-        return None
-    return cache.generation.lead.positions(mask, length, length - cached, batch)
 
 
 def _holds_video(config: Any, ids: Tensor) -> bool:
