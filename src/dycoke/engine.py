@@ -93,6 +93,7 @@ class _Untouched(Exception):
 # Models that an engine is on, by their decoder; one engine at a time. The model's hooks keep the
 # engine alive, so that both go when the model goes.
 _ENGAGED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Engine]] = weakref.WeakKeyDictionary()
+_INSTALLING = threading.Lock()
 
 
 def engine_of(model: Any) -> Engine | None:
@@ -159,12 +160,13 @@ class Engine:
     # Installing and removing
 
     def install(self) -> None:
-        if engine_of(self.model) is not None:
-            raise UnsupportedError(
-                "this model is compressed already; leave the other `with` block (or call "
-                "dycoke.remove(model)) first"
-            )
-        _ENGAGED[self.decoder] = weakref.ref(self)
+        with _INSTALLING:
+            if engine_of(self.model) is not None:
+                raise UnsupportedError(
+                    "this model is compressed already; leave the other `with` block (or call "
+                    "dycoke.remove(model)) first"
+                )
+            _ENGAGED[self.decoder] = weakref.ref(self)
         try:
             self._override_attention()
             if self.model is not self.base:
@@ -177,10 +179,12 @@ class Engine:
             raise
 
     def _hook_forward(self, module: nn.Module, before: Any, after: Any) -> None:
-        self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        # A compiled model runs hooks as they are: traced, they would be compiled again each step.
+        eagerly: Any = torch.compiler.disable
+        self._hooks.append(module.register_forward_pre_hook(eagerly(before), with_kwargs=True))
         if after is not None:
             self._hooks.append(
-                module.register_forward_hook(after, with_kwargs=True, always_call=True)
+                module.register_forward_hook(eagerly(after), with_kwargs=True, always_call=True)
             )
 
     def _override_attention(self) -> None:
