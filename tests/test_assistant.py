@@ -58,6 +58,44 @@ def test_the_answer_is_that_of_the_users_own_call(family: str, load: Any, clip: 
 
 
 @every
+@pytest.mark.parametrize(
+    "compressor", [None, DyCoke(0, 0), DyCoke()], ids=["none", "idle", "dycoke"]
+)
+def test_questions_on_a_watched_video(
+    family: str, compressor: DyCoke | None, load: Any, clip: Path, monkeypatch: Any
+) -> None:
+    """Answers are those of `ask`, another video in between or not, and the encoder ran once."""
+    assistant = load(family)
+    video, other = read(clip, 9), read(clip, 4)
+    questions = ("what happens", "what", "happens w9 w10 what")
+    expected = [assistant.ask(video, q, compressor, max_new_tokens=6) for q in questions]
+    seen = assistant.watch(video, compressor)
+    assistant.watch(other, compressor)
+    monkeypatch.setattr(assistant, "prepare", None)
+    with untouched(assistant.model):
+        for question, answer in zip(questions * 2, expected * 2, strict=True):
+            again = seen.ask(question, max_new_tokens=6)
+            assert (again.text, again.tokens) == (answer.text, answer.tokens)
+            assert again.timings.vision_s == 0 and again.timings.prefill_s > 0
+            if compressor is not None and not compressor.idle:
+                assert again.report is not None and answer.report is not None
+                assert again.report.samples == answer.report.samples
+    assert seen.timings.vision_s > 0
+    assert (seen.report is None) == (compressor is None)
+
+
+@every
+def test_questions_where_text_is_not_tokenised_alone_take_the_processor(
+    family: str, load: Any, clip: Path, monkeypatch: Any
+) -> None:
+    assistant = load(family)
+    expected = assistant.ask(clip, "what happens", DyCoke(), frames=5, max_new_tokens=6)
+    monkeypatch.setattr("dycoke.assistant.Seen._tail", lambda self, question: None)
+    seen = assistant.watch(clip, DyCoke(), frames=5)
+    assert seen.ask("what happens", max_new_tokens=6).tokens == expected.tokens
+
+
+@every
 def test_pieces_arrive_as_they_come(family: str, load: Any, clip: Path) -> None:
     pieces: list[str] = []
     answer = load(family).ask(

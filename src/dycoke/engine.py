@@ -10,7 +10,6 @@ Nothing here knows a model family (`models`) or a formula (`merging`, `selection
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
 import warnings
@@ -30,6 +29,7 @@ from dycoke.finder import Finder, Frames
 from dycoke.layers import FULL, check_layers, layer_types, plan
 from dycoke.lead import lead_of
 from dycoke.models import Layout, Masks, VideoSpan
+from dycoke.onward import Onward, place
 from dycoke.report import Report
 from dycoke.rows import Visual
 from dycoke.shorten import shorten
@@ -95,6 +95,7 @@ class _Untouched(Exception):
 # Models that an engine is on, by their decoder; one engine at a time. The model's hooks keep the
 # engine alive, so that both go when the model goes.
 _ENGAGED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Engine]] = weakref.WeakKeyDictionary()
+_INSTALLING = threading.Lock()
 
 
 def engine_of(model: Any) -> Engine | None:
@@ -140,6 +141,7 @@ class Engine:
         self._owner: int | None = None
         self._hooks: list[Any] = []
         self._overrides: list[Override] = []
+        self._onward: Onward | None = None
         self._check_settings()
         self.plan = plan(self.decoder.config, method.prune_layer)
 
@@ -165,46 +167,32 @@ class Engine:
     # Installing and removing
 
     def install(self) -> None:
-        if engine_of(self.model) is not None:
-            raise UnsupportedError(
-                "this model is compressed already; leave the other `with` block (or call "
-                "dycoke.remove(model)) first"
-            )
-        _ENGAGED[self.decoder] = weakref.ref(self)
+        with _INSTALLING:
+            if engine_of(self.model) is not None:
+                raise UnsupportedError(
+                    "this model is compressed already; leave the other `with` block (or call "
+                    "dycoke.remove(model)) first"
+                )
+            _ENGAGED[self.decoder] = weakref.ref(self)
         try:
             self._override_attention()
             if self.model is not self.base:
                 self._hook_forward(self.model, self._on_call, None)
             self._hook_forward(self.base, self._on_prompt, self._after_prompt)
             self._hook_forward(self.decoder, self._enter, self._leave)
-            self._wrap_positions()
+            self._onward = Onward(self.model, self.method.idle)
         except BaseException:
             self.remove()
             raise
 
     def _hook_forward(self, module: nn.Module, before: Any, after: Any) -> None:
-        self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        # A compiled model runs hooks as they are: traced, they would be compiled again each step.
+        eagerly: Any = torch.compiler.disable
+        self._hooks.append(module.register_forward_pre_hook(eagerly(before), with_kwargs=True))
         if after is not None:
             self._hooks.append(
-                module.register_forward_hook(after, with_kwargs=True, always_call=True)
+                module.register_forward_hook(eagerly(after), with_kwargs=True, always_call=True)
             )
-
-    def _wrap_positions(self) -> None:
-        """generate's positions come from the cache that it goes on with, not from the model."""
-        inner = getattr(self.model, POSITIONS, None)
-        if inner is None:
-            return
-
-        @functools.wraps(inner)
-        def prepare(inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
-            mask = model_kwargs.get("attention_mask")
-            if (cache := _ours(model_kwargs)) is not None and mask is not None:
-                ids = model_kwargs.get("input_ids")
-                cache.check_prompt(inputs_tensor if ids is None or not ids.numel() else ids, mask)
-            positions = _go_on_from(model_kwargs, mask)
-            return inner(inputs_tensor, model_kwargs) if positions is None else positions
-
-        setattr(self.model, POSITIONS, prepare)
 
     def _override_attention(self) -> None:
         """Score in one layer, prune in those above it; other layers are free."""
@@ -223,8 +211,9 @@ class Engine:
             hook.remove()
         for override in self._overrides:
             override.restore()
-        vars(self.model).pop(POSITIONS, None)
-        self._hooks, self._overrides = [], []
+        if self._onward is not None:
+            self._onward.restore()
+        self._hooks, self._overrides, self._onward = [], [], None
         if engine_of(self.model) is self:
             del _ENGAGED[self.decoder]
         self._release()
@@ -266,13 +255,7 @@ class Engine:
         except UnsupportedError:
             if not self.method.idle:  # plain generation may do whatever it can
                 raise
-        if inputs.get("position_ids") is None and inputs.get("input_ids") is not None:
-            positions = _go_on_from(inputs, inputs.get("attention_mask"))
-            if positions is not None:
-                positions = positions[..., -inputs["input_ids"].shape[1] :]
-                inputs["position_ids"] = (
-                    positions.expand(3, -1, -1) if positions.ndim == 3 else positions
-                )
+        place(inputs)
         return (), inputs
 
     def _find(self, module: Any, inputs: dict[str, Any]) -> list[VideoSpan]:
@@ -320,6 +303,7 @@ class Engine:
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
         self._acquire()
+        self._check_attention()
         inputs = dict(_named(module, args, kwargs))
         spans: list[VideoSpan] = getattr(self._local, "spans", [])
         several: bool = getattr(self._local, "several", False)
@@ -443,6 +427,16 @@ class Engine:
         check_cache(cache)
         return cache
 
+    def _check_attention(self) -> None:
+        """Overridden layers would go on with the old implementation, in any forward."""
+        now = self.decoder.config._attn_implementation
+        if now == self.implementation or not self._overrides:
+            return
+        raise UnsupportedError(
+            f"the attention implementation changed from {self.implementation!r} to {now!r} "
+            "inside the context; change it before entering"
+        )
+
     def _checked_mask(self, mask: Any) -> Tensor | None:
         """The 2-D mask of this forward, or None; else an error."""
         given = getattr(self._local, "inputs", None)
@@ -450,12 +444,6 @@ class Engine:
             # One mask per kind of layer, made for the whole prompt. Given the model's 2-D mask,
             # the decoder makes them anew.
             mask = given.get("attention_mask")
-        now = self.decoder.config._attn_implementation
-        if now != self.implementation:
-            raise UnsupportedError(
-                f"the attention implementation changed from {self.implementation!r} to {now!r} "
-                "inside the context; change it before entering"
-            )
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise UnsupportedError(
@@ -574,33 +562,6 @@ ASSISTED = (
     "assisted and prompt-lookup decoding check several tokens in one forward, which attends to "
     "everything: with prune_ratio > 0 the answer would differ; use prune_ratio=0, or decode plainly"
 )
-
-
-# Where generate works out the positions of a prompt, the part that is cached already included.
-POSITIONS = "_prepare_position_ids_for_generation"
-
-
-def _ours(inputs: dict[str, Any]) -> DycokeCache | None:
-    cache = inputs.get("past_key_values")
-    return cache if isinstance(cache, DycokeCache) else None
-
-
-def _go_on_from(inputs: dict[str, Any], mask: Tensor | None) -> Tensor | None:
-    """Positions of prompt and text that goes on with a cache of ours; else None.
-
-    Images that come later have positions of their own, which transformers works out.
-    """
-    cache, ids = _ours(inputs), inputs.get("input_ids")
-    if cache is None or any(value is not None and "pixel" in key for key, value in inputs.items()):
-        return None
-    cached = cache.generation.length
-    if mask is not None:
-        length, batch = mask.shape[1], len(mask)
-    elif ids is not None:
-        length, batch = cached + ids.shape[1], len(ids)
-    else:
-        return None
-    return cache.generation.lead.positions(mask, length, length - cached, batch)
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
