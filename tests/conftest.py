@@ -8,6 +8,36 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 
+# Families that differ from another row by nothing that DyCoke touches: the same layout file, the
+# same kinds of layers. The whole matrix over them is half of its time; `--every-family` runs it.
+TWINS = {"qwen2_vl", "glm46v", "glm4v_moe", "qwen3_vl_moe", "qwen3_5_moe"}
+TWINS_RUN = {
+    "test_every_backend_equals_the_oracle",
+    "test_a_left_padded_batch_equals_each_sample_alone",
+    "test_a_follow_up_turn_equals_the_oracle",
+    "test_ratio_zero_gives_the_same_tokens_and_logits",
+    "test_rows_after_prefill_and_bytes",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-family", action="store_true", help="twins of a family in full, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--every-family"):
+        left_out = [item for item in items if _left_out(item)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not _left_out(item)]
+
+
+def _left_out(item: pytest.Item) -> bool:
+    values = item.callspec.params if hasattr(item, "callspec") else {}
+    if values.get("family") not in TWINS:
+        return False
+    name = getattr(item, "originalname", item.name)
+    return name not in TWINS_RUN or values.get("backend", "sdpa") != "sdpa"
+
 
 @pytest.fixture(autouse=True)
 def declared(monkeypatch: pytest.MonkeyPatch) -> None:
