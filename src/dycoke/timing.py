@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dycoke.compressor import Compressor, Run
+from dycoke.encoding import replaced_encoder
 
 
 @dataclass
@@ -82,18 +83,18 @@ class Stopwatch:
         stack.callback(module.register_forward_pre_hook(hook).remove)
 
     def _time_vision(self, stack: ExitStack) -> None:
-        inner = self.base.get_video_features
+        def timed(inner: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(inner)  # generate inspects its signature
+            def encode(*args: Any, **kwargs: Any) -> Any:
+                began = self.now()
+                try:
+                    return inner(*args, **kwargs)
+                finally:
+                    self.timings.vision_s += self.now() - began
 
-        @functools.wraps(inner)  # generate inspects its signature
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            began = self.now()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                self.timings.vision_s += self.now() - began
+            return encode
 
-        self.base.get_video_features = timed
-        stack.callback(delattr, self.base, "get_video_features")
+        stack.enter_context(replaced_encoder(self.base, timed))
 
     def _begin(self, *_: Any) -> None:
         if not self._prefilled:
