@@ -96,6 +96,9 @@ def run(
         typer.Option(help="Directory or hub id of a checkpoint [default: the embedded nano model]"),
     ] = None,
     frames: Annotated[int, typer.Option(min=1, help="Frames to sample.")] = 32,
+    encode_frames: Annotated[
+        int, typer.Option(min=2, help="Most frames that the vision encoder takes at once.")
+    ] = 16,
     merge_ratio: Annotated[
         float, typer.Option(help="Share of a non-anchor frame's tokens to merge, [0, 1).")
     ] = 0.7,
@@ -124,7 +127,7 @@ def run(
     clip, video_s = _read(video, frames)  # first, since a bad file can be told at once
     settings = _settings(merge_ratio, prune_ratio, prune_layer)
     assistant = _load(model, device, dtype)
-    session = _Session(assistant, clip, video_s, prompt, max_new_tokens, as_json)
+    session = _Session(assistant, clip, video_s, prompt, max_new_tokens, as_json, encode_frames)
     if compare:
         session.warm_up()
     full = session.ask(None) if compare or no_compress else None
@@ -350,11 +353,14 @@ class _Session:
     prompt: str
     max_new_tokens: int
     quiet: bool
+    encode_frames: int = 16
 
     def warm_up(self) -> None:
         """Run once without timing, or whichever comes first would pay for starting up."""
         with err.status("warming up"):
-            self.assistant.ask(self.video, self.prompt, max_new_tokens=2)
+            self.assistant.ask(
+                self.video, self.prompt, max_new_tokens=2, encode_frames=self.encode_frames
+            )
 
     def ask(self, compressor: Compressor | None) -> Answer:
         from dycoke.errors import UnsupportedError
@@ -378,6 +384,7 @@ class _Session:
                     compressor,
                     max_new_tokens=self.max_new_tokens,
                     on_text=None if self.quiet else show,
+                    encode_frames=self.encode_frames,
                 )
             except UnsupportedError as error:
                 raise BadInput(str(error)) from None

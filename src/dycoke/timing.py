@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dycoke.compressor import Compressor, Run
+from dycoke.encoding import replaced_encoder
 from dycoke.finder import Frames
 
 
@@ -90,10 +91,8 @@ class Stopwatch:
     def _time_vision(self, stack: ExitStack) -> None:
         # A video's frames may be images to the model, or its videos go through those.
         for name in ("get_image_features", "get_video_features"):
-            inner = getattr(self.base, name, None)
-            if inner is not None:
-                setattr(self.base, name, self._timed(inner))
-                stack.callback(delattr, self.base, name)
+            if hasattr(self.base, name):
+                stack.enter_context(replaced_encoder(self.base, self._timed, name))
 
     def _timed(self, inner: Any) -> Any:
         @functools.wraps(inner)  # generate inspects its signature
