@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,9 @@ from dycoke.report import Report
 from dycoke.tally import Trace
 from dycoke.timing import Stopwatch, Timings
 from dycoke.video import Video, read
+
+# Sampling's settings are left over in many generation configs, and warned about in greedy search.
+GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 @dataclass(frozen=True)
@@ -155,25 +157,18 @@ class Assistant:
         UnsupportedError
             Where the compressor cannot work on this model.
         """
-        began = time.perf_counter()
-        if not isinstance(video, Video):
-            video = read(video, frames)
-        inputs = self.prepare(video, question)
-        prepared = time.perf_counter() - began
-
         watch = Stopwatch(self.model)
+        with watch.reading():
+            if not isinstance(video, Video):
+                video = read(video, frames)
+            inputs = self.prepare(video, question)
         if not generate.get("do_sample"):
-            # Left over in many generation configs, and warned about in greedy search.
-            generate = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | (
-                generate
-            )
+            generate = GREEDY | generate
         streamer = _Streamer(self.processor.tokenizer, on_text) if on_text else None
         with watch.compressing(compressor, trace) as run:
             output = self.model.generate(
                 **inputs, max_new_tokens=max_new_tokens, streamer=streamer, **generate
             )
-        watch.timings.video_s = prepared
-        watch.timings.total_s += prepared
         new = output[0, inputs["input_ids"].shape[1] :]
         tokenizer = self.processor.tokenizer
         return Answer(

@@ -253,8 +253,125 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    arch: Annotated[
+        str | None, typer.Option(help="True shapes with random weights: llava-onevision-7b, ...")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Directory or hub id of a checkpoint [default: the embedded nano model]"),
+    ] = None,
+    names: Annotated[
+        str, typer.Option("--methods", help="Comma-separated; see dycoke methods.")
+    ] = "full,dycoke",
+    ratio: Annotated[
+        float | None,
+        typer.Option(help="Share of the visual tokens to remove [default: each method's own]"),
+    ] = None,
+    video: Annotated[Path | None, typer.Option(help="[default: a rendered story]")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames to sample.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
+    repeat: Annotated[int, typer.Option(min=1, help="Measured turns of all methods.")] = 3,
+    batch: Annotated[int, typer.Option(min=1, help="Copies of the prompt in a batch.")] = 1,
+    layers: Annotated[
+        int | None, typer.Option(help="Cut an architecture's language model; the output says so.")
+    ] = None,
+    vision_layers: Annotated[
+        int | None, typer.Option(help="Cut an architecture's vision encoder; the output says so.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cuda:1, mps, cpu [default: the best there is]")
+    ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="Such as flash_attention_2 [default: transformers' choice]")
+    ] = None,
+    peak: Annotated[
+        bool, typer.Option(help="On the CPU, measure each method's peak memory in a process.")
+    ] = True,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results here, too.")
+    ] = None,
+    picture: Annotated[Path, typer.Option(help="Where to save the bars.")] = Path(
+        "dycoke-bench.png"
+    ),
+    check_paper: Annotated[
+        bool, typer.Option("--check-paper", help="Print the paper's FLOPs and ours, and stop.")
+    ] = False,
+) -> None:
+    """Speed and memory of the methods, stage by stage; one line of JSON comes last."""
+    if check_paper:
+        out.print(_paper_flops())
+        return
+    import shlex
+
+    from transformers.utils import logging
+
+    from dycoke.bench import show, speed
+    from dycoke.bench.arch import arch_of
+    from dycoke.errors import UnsupportedError
+    from dycoke.video import VideoError
+
+    logging.disable_progress_bar()
+    if arch is not None and model is not None:
+        raise BadInput("--arch and --model exclude each other; drop one")
+    if arch is None and (layers, vision_layers) != (None, None):
+        raise BadInput("--layers and --vision-layers cut random weights only; name an --arch")
+    for file in (json_file, picture):
+        if file is not None and not file.resolve().parent.is_dir():
+            raise BadInput(f"cannot write {file}: there is no such folder")
+    try:
+        plan = speed.Plan(
+            methods=tuple(part.strip() for part in names.split(",") if part.strip()),
+            arch=None if arch is None else arch_of(arch).cut(layers, vision_layers),
+            model=model,
+            video=None if video is None else str(video),
+            frames=frames,
+            new_tokens=new_tokens,
+            repeat=repeat,
+            batch=batch,
+            ratio=ratio,
+            device=device,
+            attention=attention,
+        )
+        with speed.clip(plan) as path, err.status("building the model") as status:
+
+            def tell(turn: int | None, name: str) -> None:
+                what = "warming up" if turn is None else f"turn {turn + 1} of {repeat}"
+                status.update(f"{what}: {name}")
+
+            head, rows = speed.run(plan, path, shlex.join(["dycoke", *sys.argv[1:]]), tell, peak)
+    except (ValueError, VideoError, UnsupportedError, speed.BenchError) as error:
+        raise BadInput(str(error)) from None
+    for table in show.tables(head, rows):
+        out.print(table)
+    show.bars(head, rows).save(picture, format="PNG")
+    out.print(f"saved {picture}: seconds per stage")
+    content = {**head, "results": rows}
+    if json_file is not None:
+        json_file.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps(content))
+
+
+@app.command("methods")
+def list_methods() -> None:
+    """List the methods that bench and eval know by name."""
+    from dycoke.methods import METHODS
+
+    table = Table()
+    table.add_column("method", no_wrap=True)
+    table.add_column("what it does")
+    for method in METHODS.values():
+        table.add_row(method.name, method.about)
+    out.print(table)
+
+
+@app.command()
 def flops() -> None:
-    """Print the FLOPs of the paper's models and settings, beside the paper's own figures."""
+    """The same as bench --check-paper: the paper's FLOPs, and ours."""
+    out.print(_paper_flops())
+
+
+def _paper_flops() -> Table:
     from dycoke import costs
 
     table = Table(title="LLaVA-OneVision, TFLOPs (paper's figure): 32 frames x 196 tokens, 100 new")
@@ -267,7 +384,7 @@ def flops() -> None:
             paper = costs.PAPER_TFLOPS[size].get(name, "-")
             row.append(f"{costs.paper_setting(size, name).total / 1e12:.1f} ({paper})")
         table.add_row(size, *row)
-    out.print(table)
+    return table
 
 
 def _read(path: Path, frames: int) -> tuple[Video, float]:
