@@ -38,7 +38,7 @@ def title(head: dict[str, Any]) -> list[str]:
     parts = [
         f"{name}, {head['frames']} frames, {head['visual_tokens']} visual tokens",
         f"{head['new_tokens']} new tokens, batch {head['batch']}, {head['dtype']}, "
-        f"{head['hardware']} ({head['device']}, {head['threads']} threads)",
+        f"{head['hardware']} ({head['device']}, threads: {head['threads']})",
     ]
     if head["model"] is None:
         parts.append("random weights")
@@ -50,8 +50,12 @@ def title(head: dict[str, Any]) -> list[str]:
 
 def tables(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[Table]:
     """Times and sizes, both narrow enough for 80 columns."""
-    times = Table(title="\n".join([*title(head), "seconds, medians"]), box=SIMPLE_HEAD)
-    sizes = Table(title="tokens of a prompt, memory, FLOPs by formula", box=SIMPLE_HEAD)
+    times = Table(
+        title="\n".join([*title(head), "seconds, medians"]), box=SIMPLE_HEAD, padding=(0, 0, 0, 1)
+    )
+    sizes = Table(
+        title="tokens of a prompt, memory, FLOPs by formula", box=SIMPLE_HEAD, padding=(0, 0, 0, 1)
+    )
     times.add_column("method", no_wrap=True, min_width=max(len(row["method"]) for row in rows))
     for name in TIMES.values():
         times.add_column(name, justify="right", no_wrap=True)
@@ -63,7 +67,7 @@ def tables(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[Table]:
         for name, key in lines.items():
             times.add_row(name, *(_short(row[key][stage]) for stage in TIMES))
         if _compared(row):
-            times.add_row("  faster", *(_ratio(row, stage) for stage in TIMES))
+            times.add_row("  vs full", *(_ratio(row, stage) for stage in TIMES))
         whole = row["visual_tokens"] or 1
         peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / MIB:.0f}"
         sizes.add_row(
@@ -77,7 +81,7 @@ def tables(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[Table]:
         share = [f"{row[key] / whole:.1%}" for key in ("kept_tokens", "active_tokens")]
         less = [_ratio(row, key) for key in ("kv_bytes", "peak_bytes", "flops")]
         if _compared(row):
-            sizes.add_row("  of full, less", *share, *less)
+            sizes.add_row("  vs full", *share, *less)
     return [times, sizes]
 
 
@@ -140,6 +144,6 @@ def bars(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Image.Image:
             pen.line((end, y + BAR // 2 - 4, end, y + BAR // 2 + 4), fill=INK, width=2)
         text = f"{_short(row['stages']['total_s'])} s"
         if _compared(row):
-            text += f", {_ratio(row, 'total_s')} faster"
+            text += f" ({_ratio(row, 'total_s')} as fast)"
         pen.text((WIDTH - FIGURES + 12, y + 5), text, INK, font)
     return image
