@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from dycoke import DyCoke, costs, methods
-from dycoke.bench import peak, show, speed
+from dycoke.bench import peak, plan, results, show, speed
 from dycoke.bench.arch import ARCHS, Arch, _text
 
 LAYERS, FRAMES, TOKENS, NEW = 5, 9, 9, 4
@@ -150,25 +150,26 @@ def peaks(monkeypatch: Any) -> list[str]:
             peak.main()
         return subprocess.CompletedProcess(command, 0, said.getvalue(), "")
 
-    monkeypatch.setattr(speed.subprocess, "run", here)
+    monkeypatch.setattr(peak.subprocess, "run", here)
     return asked
 
 
-def plan(*names: str, arch: Arch | None = ONEVISION, **settings: Any) -> speed.Plan:
+def planned(*names: str, arch: Arch | None = ONEVISION, **settings: Any) -> plan.Plan:
     fixed = {"frames": FRAMES, "new_tokens": NEW, "repeat": 3, "device": "cpu"}
-    return speed.Plan(names, arch, **{**fixed, **settings})
+    return plan.Plan(names, arch, **{**fixed, **settings})
 
 
 def test_methods_take_turns_after_a_warm_up(clip: str) -> None:
-    order: list[tuple[int | None, str]] = []
-    samples = speed.Bench(plan("full", "dycoke")).measure(clip, lambda *run: order.append(run))
-    assert order == [(turn, name) for turn in (None, 0, 1, 2) for name in ("full", "dycoke")]
+    order: list[str] = []
+    samples = speed.Bench(planned("full", "dycoke")).measure(clip, order.append)
+    turns = ("warm-up", "turn 1 of 3", "turn 2 of 3", "turn 3 of 3")
+    assert order == [f"{turn}: {name}" for turn in turns for name in ("full", "dycoke")]
     assert [len(runs) for runs in samples.values()] == [3, 3]  # the warm-up is left out
 
 
 def test_counts_and_bytes_are_those_of_the_run(clip: str) -> None:
-    bench = speed.Bench(plan("full", "dycoke", repeat=1, batch=2))
-    rows = speed.results(bench, bench.measure(clip))
+    bench = speed.Bench(planned("full", "dycoke", repeat=1, batch=2))
+    rows = results.results(bench, bench.measure(clip))
     full, ours = rows
     visual = FRAMES * TOKENS
     kept, active = 3 * TOKENS + 6 * 2, 11  # int(.3 x 9) = 2 of a frame, int(.3 x 39) = 11
@@ -189,7 +190,7 @@ def test_counts_and_bytes_are_those_of_the_run(clip: str) -> None:
 
 @pytest.mark.parametrize("arch", [NEXT, QWEN], ids=lambda arch: arch.name)
 def test_every_family_runs_from_pixels(clip: str, arch: Arch) -> None:
-    bench = speed.Bench(plan("full", "dycoke", arch=arch, repeat=1, batch=2, frames=8))
+    bench = speed.Bench(planned("full", "dycoke", arch=arch, repeat=1, batch=2, frames=8))
     assert bench.model.dtype == torch.bfloat16
     samples = bench.measure(clip)
     report = samples["dycoke"][0].report
@@ -198,7 +199,7 @@ def test_every_family_runs_from_pixels(clip: str, arch: Arch) -> None:
 
 
 def test_medians_least_and_most() -> None:
-    bench = speed.Bench(plan("full", "dycoke"))
+    bench = speed.Bench(planned("full", "dycoke"))
     report = None
     samples = {
         name: [
@@ -211,8 +212,8 @@ def test_medians_least_and_most() -> None:
         ]
         for name, times, factor in (("full", (4.0, 2.0, 9.0), 3), ("dycoke", (2.0, 1.0, 3.0), 1))
     }  # fmt: skip
-    rows = speed.results(bench, samples)
-    speed.compare(rows)
+    rows = results.results(bench, samples)
+    results.compare(rows)
     full, ours = rows
     assert [full[k]["total_s"] for k in ("stages", "stages_min", "stages_max")] == [40, 20, 90]
     assert ours["stages"]["per_token_s"] == 2 and ours["llm_s"] == 17
@@ -220,9 +221,9 @@ def test_medians_least_and_most() -> None:
     assert ours["vs_full"]["total_s"] == 2 and ours["vs_full"]["kv_bytes"] == 3
     assert ours["vs_full"]["ttft_s"] == ours["vs_full"]["flops"] == 1
     assert set(full["vs_full"].values()) == {1.0}
-    speed.compare(rows[1:])
+    results.compare(rows[1:])
     assert ours["vs_full"] is None  # nothing to compare with
-    assert show.tables({**speed.heading(bench, samples["full"][0], "")}, rows)
+    assert show.tables({**results.heading(bench, samples["full"][0], "")}, rows)
 
 
 def test_stacked_bars_show_the_stages() -> None:
@@ -328,7 +329,7 @@ def test_bad_input_is_one_line(
 
 
 def test_memory_running_out_is_told(monkeypatch: Any, clip: str) -> None:
-    bench = speed.Bench(plan("full", "dycoke"))
+    bench = speed.Bench(planned("full", "dycoke"))
 
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -340,14 +341,14 @@ def test_memory_running_out_is_told(monkeypatch: Any, clip: str) -> None:
 
 def test_a_process_that_fails_leaves_its_peak_open(monkeypatch: Any, clip: str) -> None:
     failed = subprocess.CompletedProcess([], 1, "", "Traceback\nMemoryError: too much")
-    monkeypatch.setattr(speed.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(peak.subprocess, "run", lambda *_, **__: failed)
     with pytest.warns(UserWarning, match="peak memory of full is unknown: MemoryError"):
-        assert speed.peak_of_process(plan("full"), clip, "full") is None
+        assert peak.peak_of_process(planned("full"), clip, "full") is None
 
 
 def test_plans_travel_as_json() -> None:
-    there = plan("full", "dycoke", arch=QWEN, ratio=0.5)
-    assert speed.Plan.from_dict(json.loads(json.dumps(there.to_dict()))) == there
+    there = planned("full", "dycoke", arch=QWEN, ratio=0.5)
+    assert plan.Plan.from_dict(json.loads(json.dumps(there.to_dict()))) == there
 
 
 def test_the_papers_flops(run: Any) -> None:

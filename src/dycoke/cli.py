@@ -299,15 +299,19 @@ def bench(
     ] = False,
 ) -> None:
     """Speed and memory of the methods, stage by stage; one line of JSON comes last."""
+    from dycoke.bench import show
+
     if check_paper:
-        out.print(_paper_flops())
+        out.print(show.paper_flops())
         return
     import shlex
 
     from transformers.utils import logging
 
-    from dycoke.bench import show, speed
     from dycoke.bench.arch import arch_of
+    from dycoke.bench.plan import Plan, clip
+    from dycoke.bench.results import measure
+    from dycoke.bench.speed import BenchError
     from dycoke.errors import UnsupportedError
     from dycoke.video import VideoError
 
@@ -320,7 +324,7 @@ def bench(
         if file is not None and not file.resolve().parent.is_dir():
             raise BadInput(f"cannot write {file}: there is no such folder")
     try:
-        plan = speed.Plan(
+        plan = Plan(
             methods=tuple(part.strip() for part in names.split(",") if part.strip()),
             arch=None if arch is None else arch_of(arch).cut(layers, vision_layers),
             model=model,
@@ -333,14 +337,18 @@ def bench(
             device=device,
             attention=attention,
         )
-        with speed.clip(plan) as path, err.status("building the model") as status:
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    try:
+        with clip(plan) as path, err.status("building the model") as status:
 
-            def tell(turn: int | None, name: str) -> None:
-                what = "warming up" if turn is None else f"turn {turn + 1} of {repeat}"
-                status.update(f"{what}: {name}")
+            def tell(what: str) -> None:
+                status.update(what)
+                if not err.is_terminal:  # a log of a long run should show that it goes on
+                    err.print(what, markup=False)
 
-            head, rows = speed.run(plan, path, shlex.join(["dycoke", *sys.argv[1:]]), tell, peak)
-    except (ValueError, VideoError, UnsupportedError, speed.BenchError) as error:
+            head, rows = measure(plan, path, shlex.join(["dycoke", *sys.argv[1:]]), tell, peak)
+    except (VideoError, UnsupportedError, BenchError) as error:
         raise BadInput(str(error)) from None
     for table in show.tables(head, rows):
         out.print(table)
@@ -368,23 +376,9 @@ def list_methods() -> None:
 @app.command()
 def flops() -> None:
     """The same as bench --check-paper: the paper's FLOPs, and ours."""
-    out.print(_paper_flops())
+    from dycoke.bench.show import paper_flops
 
-
-def _paper_flops() -> Table:
-    from dycoke import costs
-
-    table = Table(title="LLaVA-OneVision, TFLOPs (paper's figure): 32 frames x 196 tokens, 100 new")
-    table.add_column("size", no_wrap=True)
-    for name in costs.PAPER_SETTINGS:
-        table.add_column(name, justify="right")
-    for size in costs.PAPER_SHAPES:
-        row = []
-        for name in costs.PAPER_SETTINGS:
-            paper = costs.PAPER_TFLOPS[size].get(name, "-")
-            row.append(f"{costs.paper_setting(size, name).total / 1e12:.1f} ({paper})")
-        table.add_row(size, *row)
-    return table
+    out.print(paper_flops())
 
 
 def _read(path: Path, frames: int) -> tuple[Video, float]:

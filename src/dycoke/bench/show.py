@@ -9,6 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from dycoke import costs
+
 TIMES = {
     "video_s": "video",
     "vision_s": "vision",
@@ -147,3 +149,18 @@ def bars(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Image.Image:
             text += f" ({_ratio(row, 'total_s')} as fast)"
         pen.text((WIDTH - FIGURES + 12, y + 5), text, INK, font)
     return image
+
+
+def paper_flops() -> Table:
+    """The FLOPs formula at the paper's settings, beside the paper's own figures."""
+    table = Table(title="LLaVA-OneVision, TFLOPs (paper's figure): 32 frames x 196 tokens, 100 new")
+    table.add_column("size", no_wrap=True)
+    for name in costs.PAPER_SETTINGS:
+        table.add_column(name, justify="right")
+    for size in costs.PAPER_SHAPES:
+        row = []
+        for name in costs.PAPER_SETTINGS:
+            paper = costs.PAPER_TFLOPS[size].get(name, "-")
+            row.append(f"{costs.paper_setting(size, name).total / 1e12:.1f} ({paper})")
+        table.add_row(size, *row)
+    return table

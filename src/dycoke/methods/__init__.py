@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from dycoke.compressor import Compressor, DyCoke
 from dycoke.methods.controls import FewerFrames, RandomTokens
@@ -26,14 +27,8 @@ class Method:
     make: Callable[..., Compressor | None]
 
 
-def merge_ratio(ratio: float) -> float:
-    """The merge ratio K that removes ``ratio`` of the tokens of full windows of 4 frames.
-
-    Raises
-    ------
-    ValueError
-        From 0.75 on: each window keeps its anchor whole.
-    """
+def _merge_ratio(ratio: float) -> float:
+    """The merge ratio K that removes ``ratio`` of the tokens of full windows of 4 frames."""
     if not 0 <= ratio < 0.75:
         raise ValueError(
             f"ratio must be in [0, 0.75) where windows of 4 keep their anchor whole, got {ratio!r}"
@@ -45,35 +40,37 @@ def _full(ratio: float = 0.0) -> None:
     """No compressor, whatever the others are asked to remove."""
 
 
-def _dycoke(ratio: float | None = None) -> Compressor:
-    return DyCoke() if ratio is None else DyCoke(merge_ratio(ratio))
+def _merging(method: type[DyCoke], **settings: Any) -> Callable[..., Compressor]:
+    """The factory of a method that counts as DyCoke does."""
 
+    def make(ratio: float | None = None) -> Compressor:
+        share = {} if ratio is None else {"merge_ratio": _merge_ratio(ratio)}
+        return method(**share, **settings)
 
-def _random(ratio: float | None = None) -> Compressor:
-    return RandomTokens() if ratio is None else RandomTokens(merge_ratio(ratio))
-
-
-def _fewer_frames(ratio: float | None = None) -> Compressor:
-    return FewerFrames() if ratio is None else FewerFrames(merge_ratio(ratio))
-
-
-def _once(ratio: float | None = None) -> Compressor:
-    return DyCoke(0.7 if ratio is None else merge_ratio(ratio), refresh_threshold=0)
-
-
-def _always(ratio: float | None = None) -> Compressor:
-    return DyCoke(0.7 if ratio is None else merge_ratio(ratio), refresh_threshold=1)
+    return make
 
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("full", "the model as it is, nothing removed", _full),
-        Method("dycoke", "merging over time, dynamic pruning while decoding", _dycoke),
-        Method("random", "control: DyCoke's counts, any tokens", _random),
-        Method("fewer-frames", "control: whole frames, not above DyCoke's counts", _fewer_frames),
-        Method("once", "control: DyCoke that selects once, nothing comes back", _once),
-        Method("always", "control: DyCoke that selects anew in every step", _always),
+        Method("dycoke", "merging over time, dynamic pruning while decoding", _merging(DyCoke)),
+        Method("random", "control: DyCoke's counts, any tokens", _merging(RandomTokens)),
+        Method(
+            "fewer-frames",
+            "control: whole frames, not above DyCoke's counts",
+            _merging(FewerFrames),
+        ),
+        Method(
+            "once",
+            "control: DyCoke that selects once, nothing comes back",
+            _merging(DyCoke, refresh_threshold=0),
+        ),
+        Method(
+            "always",
+            "control: DyCoke that selects anew in every step",
+            _merging(DyCoke, refresh_threshold=1),
+        ),
     )
 }
 
