@@ -44,7 +44,7 @@ def _merging(method: type[DyCoke], **settings: Any) -> Callable[..., Compressor]
     """The factory of a method that counts as DyCoke does."""
 
     def make(ratio: float | None = None) -> Compressor:
-        share = {} if ratio is None else {"merge_ratio": _merge_ratio(ratio)}
+        share: dict[str, Any] = {} if ratio is None else {"merge_ratio": _merge_ratio(ratio)}
         return method(**share, **settings)
 
     return make
