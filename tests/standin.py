@@ -30,6 +30,10 @@ def attention(
     if module.is_causal and queries > 1:
         future = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
         weights = weights.masked_fill(future, -torch.inf)
+    if kw.get("sliding_window") is not None:
+        passed = torch.ones(queries, keys, dtype=torch.bool)
+        passed = passed.tril(keys - queries - kw["sliding_window"])
+        weights = weights.masked_fill(passed, -torch.inf)
     if attention_mask is not None:
         weights = weights.masked_fill(~attention_mask[:, None, None].bool(), -torch.inf)
     weights = weights.softmax(-1).nan_to_num()  # a padding row sees nothing

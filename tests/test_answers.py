@@ -16,9 +16,9 @@ pytestmark = pytest.mark.skipif(not nano.is_trained(), reason="nano has random w
 # Stories that the shipped weights told and answered right, in both ways, when they were chosen, and
 # with every token's logit 1 or more above the next: rounding cannot spoil them, a mistake can.
 # Accuracy is measured by `dycoke eval`.
-TOLD = (5002, 5009, 5010, 5011, 5012)
+TOLD = (5000, 5002, 5004, 5006, 5007)
 # Story, and number of the question.
-ASKED = ((5000, 5), (5002, 4), (5005, 10), (5007, 4), (5008, 1), (5009, 8), (5010, 6), (5011, 1))
+ASKED = ((5000, 5), (5002, 4), (5004, 3), (5005, 10), (5007, 4), (5008, 1), (5009, 8), (5011, 1))
 
 ways = pytest.mark.parametrize("compressor", [None, DyCoke(0.5, 0.5)], ids=["full", "DyCoke"])
 

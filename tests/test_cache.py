@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 
 import pytest
+import tiny
 import torch
-from support import compressed, families, generate, inputs_of, model_of
+from support import close, compressed, families, generate, inputs_of, model_of
 from transformers import DynamicCache
 
 from dycoke import DyCoke, UnsupportedError
@@ -37,7 +38,7 @@ def cache_of(batch: int = 2, tokens: int = 20, prune: float = 0.6, seed: int = 0
         step="inside a forward",
     )
     cache = DynamicCache()
-    adopt(cache, generation, 2, 4)
+    adopt(cache, generation, {2, 3}, 4)
     prompt = [torch.randn(2, batch, 3, tokens, 5, generator=g) for _ in range(4)]
     for i, (k, v) in enumerate(prompt):
         cache.update(k, v, i)
@@ -124,13 +125,10 @@ def test_crop_forgets_text_only() -> None:
 def test_a_copied_cache_goes_on_by_itself(family: str) -> None:
     """Two questions on copies of one cache answer as each alone."""
     model, inputs = model_of(family), inputs_of(family, [[7]], [(5, 7)])
-    ids = inputs["input_ids"]
 
     def ask(cache: object, first: torch.Tensor, question: list[int]) -> torch.Tensor:
         longer = torch.cat([first, torch.tensor([question])], 1)
-        follow = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
-        if family.startswith("qwen"):
-            follow["mm_token_type_ids"] = (longer == ids[0, 6]).long() * 2
+        follow = tiny.FAMILIES[family].follow_up(longer)
         return generate(model, follow, past_key_values=cache).sequences
 
     with DyCoke()(model) as run:
@@ -152,6 +150,68 @@ def test_what_a_cache_refuses(family: str) -> None:
     model, inputs = model_of(family), inputs_of(family, [[4]], [(5, 7)])
     output, _ = compressed(model, DyCoke(), inputs, tokens=2)
     cache = output.past_key_values
-    for call in (cache.reset, cache.layers[0].reset, cache.layers[0].offload):
+    layer = cache.layers[tiny.FAMILIES[family].full[0]]
+    for call in (cache.reset, layer.reset, layer.offload):
         with pytest.raises(UnsupportedError, match="DyCoke cache cannot"):
             call()
+
+
+def test_linear_layers_cannot_forget() -> None:
+    model, inputs = model_of("qwen3_5"), inputs_of("qwen3_5", [[4]], [(5, 7)])
+    output, _ = compressed(model, DyCoke(prune_ratio=0), inputs, tokens=2)
+    cache = output.past_key_values
+    assert not cache.is_croppable
+    length = cache.get_seq_length()
+    cache.crop(0)
+    with pytest.raises(UnsupportedError, match="linear attention layers cannot forget"):
+        cache.crop(-1)
+    assert cache.get_seq_length() == length
+
+
+def test_a_window_cannot_give_back_what_it_forgot() -> None:
+    model, inputs = model_of("gemma4"), inputs_of("gemma4", [[4]], [(5, 7)])
+    output, _ = compressed(model, DyCoke(prune_ratio=0), inputs, tokens=2)
+    cache = output.past_key_values
+    rows, length = cache.row_count, cache.get_seq_length()
+    cache.crop(0)
+    with pytest.raises(UnsupportedError, match="a sliding window of 16 have forgotten"):
+        cache.crop(-1)
+    assert (cache.row_count, cache.get_seq_length()) == (rows, length)
+
+
+@families
+def test_copied_and_chosen_rows_of_the_batch_go_on_alike(family: str) -> None:
+    """In every layer, those with states instead of rows, too."""
+    model = model_of(family)
+    inputs = inputs_of(family, [[5], [5]], [(5, 7), (2, 3)])
+    with DyCoke()(model), torch.no_grad():
+        first = generate(model, inputs, tokens=2)
+        new = torch.tensor([[3], [4]])
+        copied, chosen = (copy.deepcopy(first.past_key_values) for _ in range(2))
+        mask = torch.cat([inputs["attention_mask"], torch.ones(2, 2).long()], 1)
+        places = mask.sum(1, keepdim=True) - 1
+        step = {"input_ids": new, "attention_mask": mask, "position_ids": places}
+        plain = model(**step, past_key_values=first.past_key_values).logits
+        copied.batch_repeat_interleave(2)
+        repeated = {k: v.repeat_interleave(2, 0) for k, v in step.items()}
+        twice = model(**repeated, past_key_values=copied).logits
+        chosen.batch_select_indices(torch.tensor([1]))
+        picked = {k: v[1:] for k, v in step.items()}
+        one = model(**picked, past_key_values=chosen).logits
+    close(twice, plain.repeat_interleave(2, 0), 1e-5)
+    close(one, plain[1:], 1e-5)
+
+
+@families
+def test_a_refused_use_changes_nothing(family: str) -> None:
+    """Outside the context: linear layers would take the new tokens into their states."""
+    model, inputs = model_of(family), inputs_of(family, [[5]], [(5, 7)])
+    places = inputs["attention_mask"].sum(1, keepdim=True)
+    step = {"input_ids": torch.tensor([[3]]), "position_ids": places}
+    with DyCoke()(model), torch.no_grad():
+        caches = [generate(model, inputs, tokens=1).past_key_values for _ in range(2)]
+        expected = model(**step, past_key_values=caches[0]).logits
+    with torch.no_grad(), pytest.raises(UnsupportedError, match="inside the `with` block"):
+        model(**step, past_key_values=caches[1])
+    with DyCoke()(model), torch.no_grad():
+        assert torch.equal(model(**step, past_key_values=caches[1]).logits, expected)

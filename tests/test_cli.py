@@ -11,6 +11,7 @@ from typing import Any
 import checkpoints
 import clips
 import pytest
+from rich.console import Console
 
 import dycoke
 from dycoke import cli
@@ -60,7 +61,13 @@ def test_json_is_one_line_with_the_promised_fields(run: Any, clip: Path) -> None
     assert list(result["report"]) == REPORT
     sample = result["report"]["samples"][0]
     assert sample["videos"] == [
-        {"frames": 9, "tokens_per_frame": 36, "visual_tokens": 324, "kept_tokens": 168}
+        {
+            "frames": 9,
+            "tokens_per_frame": 36,
+            "visual_tokens": 324,
+            "kept_tokens": 168,
+            "source": "videos",
+        }
     ]
     assert (sample["kept_tokens"], sample["active_tokens"]) == (3 * 36 + 6 * 10, 50)
     assert result["report"]["engaged"] is True
@@ -112,6 +119,31 @@ def cli_has_trained_model() -> bool:
     from dycoke import nano
 
     return nano.is_trained()
+
+
+def test_frames_that_become_images_are_declared(run: Any, clip: Path, tmp_path: Path) -> None:
+    folder = checkpoints.internvl(tmp_path)
+    args = ("run", clip, "--model", folder, "--frames", 8, "--max-new-tokens", 4)
+    code, out, _ = run(*args, "--compare", "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert result["report"]["engaged"] and result["timings"]["vision_s"] > 0
+    (video,) = result["report"]["samples"][0]["videos"]
+    assert (video["frames"], video["source"]) == (8, "images")
+    assert result["full"]["text"]
+
+
+def test_the_table_of_models(run: Any, monkeypatch: Any) -> None:
+    from dycoke.models import families
+
+    monkeypatch.setattr(cli, "out", Console(width=160))
+    code, out, _ = run("models")
+    assert code == 0
+    for model_type, family in families().items():
+        words = [model_type, family.NAME, *family.CHECKPOINTS, *getattr(family, "NOTES", ())]
+        assert all(word in " ".join(out.split()) for word in words), family.NAME
+    for limit in ("frames are images", "images are never merged", 'no positions="compact"'):
+        assert limit in out
 
 
 def test_the_flops_table(run: Any) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import standin
+import tiny
 import torch
 from support import backends, compressed, families, generate, inputs_of, model_of
 
@@ -34,7 +37,8 @@ def test_rows_after_prefill_and_bytes(
         n - s.visual_tokens + s.kept_tokens for n, s in zip(real, report.samples, strict=True)
     )
     storages = {}
-    for layer in cache.layers:
+    full = [cache.layers[i] for i in tiny.FAMILIES[family].full]
+    for layer in full:
         for tensor in (layer.keys, layer.values):
             heads, width = tensor.shape[1], tensor.shape[3]
             rows = tensor.untyped_storage().nbytes() / (heads * width * tensor.element_size())
@@ -42,10 +46,27 @@ def test_rows_after_prefill_and_bytes(
             assert tensor.shape[2] == longest
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     # Two buffers per layer, nothing shared and nothing beside them.
-    assert len(storages) == 2 * len(cache.layers)
-    assert report.kv_bytes == sum(storages.values())
-    per_row = sum(2 * t.keys.shape[1] * t.keys.shape[3] * 4 for t in cache.layers)
-    assert report.kv_bytes_full == batch * inputs["input_ids"].shape[1] * per_row
+    assert len(storages) == 2 * len(full)
+    # Other layers are those of transformers: states of a fixed size, or a window.
+    others = [layer for layer in cache.layers if layer not in full]
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_of(others)
+    }
+    assert report.kv_bytes == sum(storages.values()) + sum(held.values())
+    per_row = sum(2 * t.keys.shape[1] * t.keys.shape[3] * 4 for t in full)
+    stock = batch * inputs["input_ids"].shape[1] * per_row
+    for layer in others:
+        for tensor in tensors_of([layer]):
+            rows = min(16, longest) / longest if hasattr(layer, "sliding_window") else 1
+            stock += tensor.untyped_storage().nbytes() * rows
+    assert report.kv_bytes_full == stock
+
+
+def tensors_of(layers: list[Any]) -> list[torch.Tensor]:
+    found = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    for name in ("conv_states", "recurrent_states"):
+        found += [state for layer in layers for state in getattr(layer, name, {}).values()]
+    return [tensor for tensor in found if tensor is not None]
 
 
 def tensors_in(value: object, seen: set[int]) -> list[torch.Tensor]:
@@ -75,7 +96,7 @@ def test_no_second_copy_hides_anywhere(family: str) -> None:
         held = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
             for t in tensors_in(output.past_key_values, set())
-            if t.is_floating_point() and t.ndim == 4
+            if t.is_floating_point() and t.ndim > 2
         }
     assert sum(held.values()) == run.report.kv_bytes
 
@@ -104,9 +125,10 @@ def test_pruned_layers_see_fewer_keys(family: str, case: str) -> None:
     assert run.report is not None
     keys = {layer: seen for layer, seen in standin.CALLS if layer >= 0}  # of the last step
     cache = output.past_key_values
-    rows = cache.layers[0].length
+    full = tiny.FAMILIES[family].full
+    rows = cache.row_count
     banks = [s.kept_tokens - s.active_tokens for s in run.report.samples]
     pads = (cache.generation.plain.index < 0).sum(1).tolist()
     hidden = min(b + p for b, p in zip(banks, pads, strict=True))
     assert hidden > 0
-    assert [keys[i] for i in range(5)] == [rows] * 3 + [rows - hidden] * 2
+    assert [keys[i] for i in full] == [rows] * (len(full) - 2) + [rows - hidden] * 2

@@ -97,14 +97,17 @@ def test_samples_refresh_apart(family: str, dictate: Any, monkeypatch: Any) -> N
 @families
 @pytest.mark.parametrize("merge", [0.0, 0.7])
 def test_the_trace_equals_the_oracle(family: str, merge: float) -> None:
-    seed = 7
-    inputs = inputs_of(family, [[7]], [(5, 7)], seed)
-    model = model_of(family, seed=seed)
-    judge = oracle.Oracle(model, family, K=merge, P=0.7, L=3)
-    judge.prompt(inputs, tiny.FAMILIES[family].tokens_per_frame, tiny.VIDEO)
-    visual = [i for i, row in enumerate(judge.rows) if row.visual]
-    expected = judge.generate(8)
-    assert expected.margins.least > 1e-5
+    for seed in range(7, 1007, 100):
+        inputs = inputs_of(family, [[7]], [(5, 7)], seed)
+        model = model_of(family, seed=seed)
+        judge = oracle.Oracle(model, family, K=merge, P=0.7, L=3)
+        judge.prompt(inputs, tiny.FAMILIES[family].tokens_per_frame, tiny.FAMILIES[family].token)
+        visual = [i for i, row in enumerate(judge.rows) if row.visual]
+        expected = judge.generate(8)
+        if expected.margins.least > 1e-5:
+            break
+    else:
+        pytest.fail("no seed without a near-tie")
     with DyCoke(merge_ratio=merge)(model, trace=True) as run:
         generate(model, inputs)
     assert run.trace is not None

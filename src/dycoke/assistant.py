@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreame
 from transformers.video_utils import VideoMetadata
 
 from dycoke import nano
+from dycoke.cache import DycokeCache
 from dycoke.compressor import Compressor
+from dycoke.finder import own_frames, processor_options
+from dycoke.lead import Lead, lead_of
 from dycoke.report import Report
 from dycoke.tally import Trace
 from dycoke.timing import Stopwatch, Timings
@@ -104,10 +109,6 @@ class Assistant:
 
     def prepare(self, video: Video, question: str) -> dict[str, Any]:
         """The model's inputs for one video and one question, on the model's device."""
-        content = [{"type": "video"}, {"type": "text", "text": question}]
-        prompt = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
         metadata = VideoMetadata(
             total_num_frames=video.total_frames,
             fps=video.fps,
@@ -117,11 +118,12 @@ class Assistant:
             duration=video.duration,
         )
         inputs = self.processor(
-            text=[prompt],
+            text=[self.chat(question)],
             videos=[video.frames],
             video_metadata=[metadata],
             do_sample_frames=False,  # they are sampled already
             return_tensors="pt",
+            **processor_options(self.model.config),
         )
         prepared: dict[str, Any] = inputs.to(self.model.device, self.model.dtype)
         return prepared
@@ -157,18 +159,63 @@ class Assistant:
         UnsupportedError
             Where the compressor cannot work on this model.
         """
+        began = time.perf_counter()
+        if not isinstance(video, Video):
+            video = read(video, frames)
+        inputs = self.prepare(video, question)
+        prepared = time.perf_counter() - began
+        generate |= {"max_new_tokens": max_new_tokens}
+        return self._answer(inputs, prepared, compressor, on_text, trace, generate)
+
+    def watch(
+        self,
+        video: str | os.PathLike[str] | Video,
+        compressor: Compressor | None = None,
+        frames: int = 32,
+        trace: bool = False,
+    ) -> Seen:
+        """Encode and prefill a video once, and then ask it any number of questions.
+
+        Parameters
+        ----------
+        video, compressor, frames, trace : as in `ask`.
+
+        Raises
+        ------
+        VideoError, UnsupportedError
+            As in `ask`.
+        """
+        began = time.perf_counter()
+        if not isinstance(video, Video):
+            video = read(video, frames)
+        return Seen(self, video, compressor, trace, began)
+
+    def chat(self, question: str) -> str:
+        """The prompt's text for one video and one question."""
+        content = [{"type": "video"}, {"type": "text", "text": question}]
+        text: str = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        return text
+
+    def _answer(
+        self,
+        inputs: dict[str, Any],
+        prepared: float,
+        compressor: Compressor | None,
+        on_text: Callable[[str], None] | None,
+        trace: bool,
+        generate: dict[str, Any],
+    ) -> Answer:
         watch = Stopwatch(self.model)
-        with watch.reading():
-            if not isinstance(video, Video):
-                video = read(video, frames)
-            inputs = self.prepare(video, question)
         if not generate.get("do_sample"):
             generate = GREEDY | generate
         streamer = _Streamer(self.processor.tokenizer, on_text) if on_text else None
-        with watch.compressing(compressor, trace) as run:
-            output = self.model.generate(
-                **inputs, max_new_tokens=max_new_tokens, streamer=streamer, **generate
-            )
+        # Whatever the processor makes of the frames, they are those of one video.
+        with watch.compressing(compressor, trace, own_frames(self.model.config)) as run:
+            output = self.model.generate(**inputs, streamer=streamer, **generate)
+        watch.timings.video_s = prepared
+        watch.timings.total_s += prepared
         new = output[0, inputs["input_ids"].shape[1] :]
         tokenizer = self.processor.tokenizer
         return Answer(
@@ -177,6 +224,107 @@ class Assistant:
             report=None if run is None else run.report,
             timings=watch.timings,
             trace=None if run is None else run.trace,
+        )
+
+
+class Seen:
+    """A video that was encoded and prefilled once; made by `Assistant.watch`.
+
+    Every question starts from a copy of the same KV rows, so that questions know nothing of each
+    other, and answers are those of `Assistant.ask`.
+
+    Attributes
+    ----------
+    report : what was compressed at prefill; None without a compressor.
+    timings : where the time of watching went.
+    """
+
+    def __init__(
+        self,
+        assistant: Assistant,
+        video: Video,
+        compressor: Compressor | None,
+        trace: bool,
+        began: float,
+    ) -> None:
+        self._assistant, self._video = assistant, video
+        self._compressor, self._trace = compressor, trace
+        inputs = assistant.prepare(video, "?")
+        ids = inputs["input_ids"]
+        # After the video a prompt is text, which the tokenizer alone can do, unless it does
+        # something else there in the middle of a prompt; then every question takes the processor.
+        tail = self._tail("?")
+        self._alone = tail is not None and ids[0, -len(tail) :].tolist() == tail
+        if tail is not None and self._alone:
+            shared = ids.shape[1] - len(tail)
+        else:
+            other = assistant.prepare(video, "what happens")["input_ids"]
+            least = min(ids.shape[1], other.shape[1])
+            shared = int((ids[0, :least] == other[0, :least]).cumprod(0).sum())
+        self._ids = ids[:, :shared]
+        prefix = {
+            k: v[:, :shared] if getattr(v, "shape", None) == ids.shape else v
+            for k, v in inputs.items()
+        }
+        prepared = time.perf_counter() - began
+
+        model = assistant.model
+        stopwatch, frames = Stopwatch(model), own_frames(model.config)
+        given: dict[str, Any] = {}
+        hook = model.get_decoder().register_forward_pre_hook(
+            lambda module, args, kwargs: given.update(kwargs), with_kwargs=True
+        )
+        try:
+            with stopwatch.compressing(compressor, trace, frames) as run, torch.no_grad():
+                self._cache = model(**prefix, use_cache=True, logits_to_keep=1).past_key_values
+        finally:
+            hook.remove()
+        # A stock cache leaves the positions after the video to the model, which keeps those of
+        # the video that it saw last.
+        self._lead: Lead | None = None
+        if not isinstance(self._cache, DycokeCache):
+            self._lead = lead_of(given.get("position_ids"), None, given["inputs_embeds"])
+        self.report: Report | None = None if run is None else run.report
+        self.timings: Timings = stopwatch.timings
+        self.timings.video_s = prepared
+        self.timings.total_s += prepared
+
+    def _tail(self, question: str) -> list[int] | None:
+        """The tokens of a prompt after its video, where the text tells where that is."""
+        processor = self._assistant.processor
+        mark, text = getattr(processor, "video_token", None), self._assistant.chat(question)
+        if not mark or mark not in text:
+            return None
+        after = text[text.rindex(mark) + len(mark) :]
+        tokens: list[int] = processor.tokenizer(after, add_special_tokens=False)["input_ids"]
+        return tokens
+
+    def ask(
+        self,
+        question: str,
+        max_new_tokens: int = 128,
+        on_text: Callable[[str], None] | None = None,
+        **generate: Any,
+    ) -> Answer:
+        """Answer a question; parameters as in `Assistant.ask`."""
+        began = time.perf_counter()
+        tail = self._tail(question) if self._alone else None
+        if tail is not None:
+            ids = torch.cat([self._ids, self._ids.new_tensor([tail])], dim=1)
+        else:
+            ids = self._assistant.prepare(self._video, question)["input_ids"]
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "past_key_values": copy.deepcopy(self._cache),
+        }
+        if self._lead is not None:
+            new = ids.shape[1] - self._ids.shape[1]
+            inputs["position_ids"] = self._lead.positions(None, ids.shape[1], new, 1)
+        prepared = time.perf_counter() - began
+        generate |= {"max_new_tokens": max_new_tokens}
+        return self._assistant._answer(
+            inputs, prepared, self._compressor, on_text, self._trace, generate
         )
 
 

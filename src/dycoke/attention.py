@@ -36,7 +36,8 @@ class Override:
         self.config = module.config
         self.inner = _inner_function(module)
         if KEY not in ALL_ATTENTION_FUNCTIONS:
-            AttentionInterface.register(KEY, _dispatch)
+            eagerly: Any = torch.compiler.disable  # a compiled model calls it as it is
+            AttentionInterface.register(KEY, eagerly(_dispatch))
         config = copy.copy(self.config)
         config._attn_implementation_internal = KEY
         config.dycoke_override = self

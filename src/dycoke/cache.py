@@ -5,8 +5,9 @@ A layer that is pruned while decoding keeps, per sample, right-aligned::
     [ padding | bank | active | text and generated tokens ]
 
 so that a decode step attends to one contiguous view, from the first active row on. Changing the
-selection exchanges rows in place. Other layers keep their rows in prompt order. RoPE is in the
-keys already, so the order of rows does not matter to attention.
+selection exchanges rows in place. Other layers keep their rows in prompt order; those with a
+sliding window or linear attention stay what transformers made them. RoPE is in the keys already, so
+the order of rows does not matter to attention.
 
 To the outside (`generate` slices follow-up prompts by it) the cache has its *logical* length, the
 tokens of the whole prompt and of the answer. To the masks it has its *physical* length, the rows
@@ -15,20 +16,30 @@ that are really there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, cache_utils
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from dycoke.errors import UnsupportedError
 from dycoke.lead import Lead
 from dycoke.rows import RowMap, Visual
 from dycoke.selection import swap_pairs
 
+# Layers that stay as they are. Shared keys and values have a dummy layer, in newer versions.
+STOCK = tuple(
+    getattr(cache_utils, name)
+    for name in ("DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer")
+    if hasattr(cache_utils, name)
+)
 ROOM = 64  # rows allocated ahead, so that a token costs no copy of the whole buffer
 
 
@@ -131,6 +142,8 @@ class Generation:
     tally : what the report is made from; belongs to the engine.
     step : the decoder forward that runs now; rows may be added only inside one.
     refuse_crop : why `crop` must not be used, where it must not.
+    refuse_below : tokens of the last forward, where some may be candidates of which nothing tells:
+        forgetting fewer than these is refused.
     """
 
     owner: Any
@@ -145,6 +158,7 @@ class Generation:
     tally: Any = None
     step: Any = None
     refuse_crop: str | None = None
+    refuse_below: int = 0
 
     @property
     def prunes(self) -> bool:
@@ -156,30 +170,49 @@ class DycokeCache(DynamicCache):
 
     generation: Generation
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def _check_open(self) -> None:
         if self.generation.step is None:
             raise UnsupportedError(
                 "this cache was made by DyCoke and its rows are not in prompt order; go on with it "
                 "inside the `with` block of the same settings (or use dycoke.apply), or start "
                 "with a new cache"
             )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self._check_open()
         rows: tuple[Tensor, Tensor] = self.layers[layer_idx].update(key_states, value_states)
         return rows
+
+    # A linear layer asks first whether it has a state (5.17 so, later versions by the second).
+    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
+        self._check_open()
+        known: bool = super().has_previous_state(*args, **kwargs)
+        return known
+
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        self._check_open()
+        state: Tensor | None = super().get_conv_state(*args, **kwargs)
+        return state
+
+    @property
+    def row_count(self) -> int:
+        """The rows that are really there: text, generated and kept visual tokens."""
+        layer = next(layer for layer in self.layers if isinstance(layer, DynamicLayer))
+        return int(layer.get_seq_length())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.generation.length
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         # Masks place the new queries by it: with the logical length they would see the future.
-        length: int = self.layers[layer_idx].get_seq_length()
-        return length
+        return self.row_count
 
     @property
     def is_croppable(self) -> bool:
         # A step that is undone may have changed the selection.
-        return not self.generation.prunes
+        return not self.generation.prunes and super().is_croppable
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens: as a stock cache, a negative number, or 0."""
@@ -187,19 +220,47 @@ class DycokeCache(DynamicCache):
         if generation.refuse_crop:
             raise UnsupportedError(generation.refuse_crop)
         count = -int(tokens_to_remove)
+        if 0 <= count < generation.refuse_below:
+            raise UnsupportedError(
+                f"forgetting {count} of the {generation.refuse_below} tokens that came at once is "
+                "what assisted and prompt-lookup decoding do, and with prune_ratio > 0 the answer "
+                "would differ; use prune_ratio=0, or decode plainly"
+            )
         if count < 0:
             raise UnsupportedError(
                 f"crop({int(tokens_to_remove)}) asks for a length; a DyCoke cache takes the "
                 "number of newest tokens to forget, as a negative number"
             )
-        if count == 0:
-            return
+        self._check_stock_crop(count)
         left = generation.length - count
         if left < generation.prompt_length:
             self._crop_prompt(generation.prompt_length - left)
         generation.length = left
-        generation.visual.previous = None
-        super().crop(-count)
+        if count:
+            generation.visual.previous = None
+        for layer in self.layers:
+            # Layers that record what they would forget wait for a crop, be it by nothing.
+            if count or getattr(layer, "record_past", False):
+                layer.crop(-count)
+
+    def _check_stock_crop(self, count: int) -> None:
+        """Refuse to forget what a layer cannot, before any layer has forgotten something."""
+        for layer in self.layers:
+            if count and isinstance(layer, LinearAttentionLayer):
+                raise UnsupportedError(
+                    "linear attention layers cannot forget tokens; keep a copy of the cache "
+                    "(copy.deepcopy) from before them"
+                )
+            if (
+                count
+                and isinstance(layer, DynamicSlidingWindowLayer)
+                and not layer.record_past
+                and layer.get_seq_length() >= layer.sliding_window
+            ):
+                raise UnsupportedError(
+                    f"layers with a sliding window of {layer.sliding_window} have forgotten what "
+                    "cropping would bring back; keep a copy of the cache (copy.deepcopy)"
+                )
 
     def _crop_prompt(self, count: int) -> None:
         """Shorten the row maps by the prompt's last tokens, if those are rows of their own."""
@@ -253,7 +314,7 @@ class DycokeCache(DynamicCache):
         leaving, entering = pairs
         first, second = visual.slots.gather(1, leaving), visual.slots.gather(1, entering)
         for layer in self.layers:
-            if layer.rows is rows:
+            if isinstance(layer, VideoLayer) and layer.rows is rows:
                 layer.exchange(first, second)
         visual.slots.scatter_(1, leaving, second).scatter_(1, entering, first)
         index = rows.index.clone()
@@ -265,8 +326,11 @@ class DycokeCache(DynamicCache):
         generation = self.generation
         maps = {id(rows): rows.map_batch(pick) for rows in (generation.plain, generation.pruned)}
         for layer in self.layers:
-            layer.map_batch(pick)
-            layer.rows = maps[id(layer.rows)]
+            if isinstance(layer, VideoLayer):
+                layer.map_batch(pick)
+                layer.rows = maps[id(layer.rows)]
+            else:
+                _map_stock(layer, pick)
         generation.plain = maps[id(generation.plain)]
         generation.pruned = maps[id(generation.pruned)]
         generation.visual.map_batch(pick)
@@ -295,7 +359,7 @@ def prompt_of(ids: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def check_cache(cache: Any) -> None:
-    """Refuse any cache but a plain `DynamicCache` of full-attention layers."""
+    """Refuse any cache but a plain `DynamicCache` of layers that are known."""
     if type(cache) is not DynamicCache or cache.offloading:
         offloading = getattr(cache, "offloading", False)
         kind = "an offloaded cache" if offloading else f"a {type(cache).__name__}"
@@ -303,45 +367,76 @@ def check_cache(cache: Any) -> None:
             f"DyCoke takes over the DynamicCache that generate makes, and got {kind}; drop "
             "cache_implementation and compile settings, or pass past_key_values=DynamicCache()"
         )
-    others = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
+    kinds = {type(layer) for layer in cache.layers}
+    others = sorted(kind.__name__ for kind in kinds - {DynamicLayer, *STOCK})
     if others:
         raise UnsupportedError(
-            f"this decoder's cache has layers that are not full attention "
-            f"({', '.join(sorted(others))}), which DyCoke does not compress yet"
+            f"this decoder's cache has layers that DyCoke does not know ({', '.join(others)}); "
+            "this model cannot be compressed yet"
         )
 
 
-def adopt(cache: DynamicCache, generation: Generation, prune_layer: int, layers: int) -> None:
-    """Turn an empty `DynamicCache` into ours, in place: generate holds a reference to it."""
+def adopt(cache: DynamicCache, generation: Generation, pruned: Container[int], layers: int) -> None:
+    """Turn an empty `DynamicCache` into ours, in place: generate holds a reference to it.
+
+    ``pruned`` says which layers are pruned while decoding. A cache made without a config has no
+    layers yet; it gets ``layers`` of them.
+    """
     cache.layers = [
-        VideoLayer(generation.pruned if i >= prune_layer else generation.plain)
-        for i in range(layers)
+        VideoLayer(generation.pruned if i in pruned else generation.plain)
+        if type(layer) is DynamicLayer
+        else layer
+        for i, layer in enumerate(cache.layers or [DynamicLayer() for _ in range(layers)])
     ]
     cache.layer_class_to_replicate = None
     cache.__class__ = DycokeCache
     cache.generation = generation
 
 
+def _map_stock(layer: Any, pick: Callable[[Tensor], Tensor]) -> None:
+    """Follow beams and copies in a layer of transformers: rows, and states of linear attention.
+
+    Stock layers reorder by themselves, but linear ones do not copy.
+    """
+    for name, value in vars(layer).items():
+        if isinstance(value, Tensor) and value.ndim > 2:
+            setattr(layer, name, pick(value))
+        elif isinstance(value, dict):
+            for key, state in value.items():
+                if isinstance(state, Tensor):
+                    value[key] = pick(state)
+
+
+def _held(layer: Any) -> list[Tensor]:
+    """The tensors of a cache layer: keys and values, or states of linear attention."""
+    states = [getattr(layer, name, None) for name in ("keys", "values")]
+    for name in ("conv_states", "recurrent_states"):
+        states += getattr(layer, name, {}).values()
+    return [state for state in states if isinstance(state, Tensor)]
+
+
 def kv_bytes(cache: Any) -> int:
     """Bytes of the unique storages that a cache holds."""
     storages = {}
     for layer in getattr(cache, "layers", ()):
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
+        for tensor in _held(layer):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
 def kv_bytes_full(cache: Any) -> int:
     """Bytes that a stock `DynamicCache` would hold now for the same tokens, uncompressed."""
+    if not isinstance(cache, DycokeCache):
+        return kv_bytes(cache)
     total = 0
-    for layer in getattr(cache, "layers", ()):
-        if not isinstance(getattr(layer, "keys", None), Tensor):
-            continue
-        for tensor in (layer.keys, layer.values):
-            batch, heads, length, width = tensor.shape
-            if isinstance(layer, VideoLayer):
-                length = cache.generation.length
-            total += batch * heads * length * width * tensor.element_size()
+    for layer in cache.layers:
+        for tensor in _held(layer):
+            rows = 1
+            if isinstance(layer, DynamicLayer):
+                # A layer with a window holds its last tokens and, until the next, the new one.
+                window = getattr(layer, "sliding_window", None) or cache.generation.length
+                rows = min(cache.generation.length, window)
+                tensor = tensor[:, :, :1]
+            total += rows * tensor.numel() * tensor.element_size()
     return total

@@ -381,6 +381,22 @@ def flops() -> None:
     out.print(paper_flops())
 
 
+@app.command()
+def models() -> None:
+    """Print the model families that can be compressed, and what does not apply to each."""
+    from dycoke.models import families, limits
+
+    table = Table(title="merging and pruning work on all of these", show_lines=True)
+    for name in ("family (config.model_type)", "checkpoints, such as", "RoPE", "limits"):
+        table.add_column(name, overflow="fold")
+    for family in dict.fromkeys(families().values()):
+        name = f"{family.NAME}\n({', '.join(family.MODEL_TYPES)})"
+        checkpoints = "\n".join(family.CHECKPOINTS)
+        table.add_row(name, checkpoints, family.ROPE, "\n".join(limits(family)))
+    out.print(table, markup=False)
+    out.print("Any other family: DyCoke(...)(model, layout=...), see the README.")
+
+
 def _read(path: Path, frames: int) -> tuple[Video, float]:
     """Frames of a file, and the seconds that it took."""
     import time
@@ -431,7 +447,7 @@ def _load(
             )
         try:
             return Assistant.load(model, device, dtype)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise BadInput(f"cannot load the model {model!r}: {error}") from None
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dycoke.checks import check_count, check_number, check_ratio
 from dycoke.engine import Engine, engine_of
+from dycoke.finder import Frames
 from dycoke.merging import merge_mask, merge_mean
 from dycoke.models import Layout
 from dycoke.report import Report
@@ -94,7 +95,11 @@ class Compressor(ABC):
         """
 
     def __call__(
-        self, model: Any, trace: bool = False, layout: Layout | None = None
+        self,
+        model: Any,
+        trace: bool = False,
+        layout: Layout | None = None,
+        frames: Frames | None = None,
     ) -> AbstractContextManager[Run]:
         """Compress what ``model`` generates inside a ``with`` block.
 
@@ -103,13 +108,18 @@ class Compressor(ABC):
         model : a transformers model of a known family.
         trace : keep masks, active sets and attention of the last generation in ``run.trace``.
         layout : finds the videos of a prompt, for a family that is not known here.
+        frames : where the frames of a video are. None or "videos": in the processor's videos;
+            images are never merged. "images": all images of a prompt are frames of one video, too.
+            A list such as [8, 8]: a prompt's images are videos of so many images each, in order.
 
         Raises
         ------
         UnsupportedError
             Where this cannot work on this model, with the way out.
+        ValueError
+            For ``frames`` that are none of these, or together with ``layout``.
         """
-        return _applied(model, self, trace, layout)
+        return _applied(model, self, trace, layout, frames)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings, ready for JSON."""
@@ -130,9 +140,13 @@ class Compressor(ABC):
 
 @contextmanager
 def _applied(
-    model: Any, compressor: Compressor, trace: bool, layout: Layout | None
+    model: Any,
+    compressor: Compressor,
+    trace: bool,
+    layout: Layout | None,
+    frames: Frames | None,
 ) -> Iterator[Run]:
-    run = apply(model, compressor, trace, layout)
+    run = apply(model, compressor, trace, layout, frames)
     try:
         yield run
     finally:
@@ -140,16 +154,20 @@ def _applied(
 
 
 def apply(
-    model: Any, compressor: Compressor, trace: bool = False, layout: Layout | None = None
+    model: Any,
+    compressor: Compressor,
+    trace: bool = False,
+    layout: Layout | None = None,
+    frames: Frames | None = None,
 ) -> Run:
-    """Compress what ``model`` generates from now on, until `remove`.
+    """Compress what ``model`` generates from now on, until `remove`. See `Compressor.__call__`.
 
     Raises
     ------
     UnsupportedError
         Where this cannot work on this model, or it is compressed already.
     """
-    engine = Engine(model, compressor, trace, layout)
+    engine = Engine(model, compressor, trace, layout, frames)
     engine.install()
     return Run(engine)
 

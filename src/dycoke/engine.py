@@ -10,7 +10,6 @@ Nothing here knows a model family (`models`) or a formula (`merging`, `selection
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
 import warnings
@@ -26,12 +25,15 @@ from transformers import DynamicCache
 from dycoke.attention import Override, attention_of, native_mask, query_scores
 from dycoke.cache import DycokeCache, Generation, adopt, check_cache, prompt_of
 from dycoke.errors import UnsupportedError
+from dycoke.finder import Finder, Frames
+from dycoke.layers import FULL, check_layers, layer_types, plan
 from dycoke.lead import lead_of
-from dycoke.models import Layout, Prompt, VideoSpan, encoded_rows, family_of
+from dycoke.models import Layout, Masks, VideoSpan
+from dycoke.onward import Onward, place
 from dycoke.report import Report
 from dycoke.rows import Visual
 from dycoke.shorten import shorten
-from dycoke.tally import IDLE, NO_VIDEO, SampleTrace, Tally, Trace, videos_by_sample
+from dycoke.tally import IDLE, SampleTrace, Tally, Trace, videos_by_sample
 
 
 class Method(Protocol):
@@ -93,6 +95,7 @@ class _Untouched(Exception):
 # Models that an engine is on, by their decoder; one engine at a time. The model's hooks keep the
 # engine alive, so that both go when the model goes.
 _ENGAGED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Engine]] = weakref.WeakKeyDictionary()
+_INSTALLING = threading.Lock()
 
 
 def engine_of(model: Any) -> Engine | None:
@@ -109,7 +112,12 @@ class Engine:
     """
 
     def __init__(
-        self, model: Any, method: Method, trace: bool = False, layout: Layout | None = None
+        self,
+        model: Any,
+        method: Method,
+        trace: bool = False,
+        layout: Layout | None = None,
+        frames: Frames | None = None,
     ) -> None:
         for name in ("get_decoder", "config", "base_model"):
             if not hasattr(model, name):
@@ -119,9 +127,12 @@ class Engine:
         self.model, self.method, self.trace = model, method, trace
         self.base: Any = model.base_model
         self.decoder: Any = model.get_decoder()
-        family = family_of(self.base.config) if layout is None else None
-        self.layout: Layout = layout or family.layout  # type: ignore[union-attr]
-        self.rope: str | None = getattr(family, "ROPE", None)
+        self.finder = Finder(self.base.config, layout, frames)
+        self.masks: Masks | None = getattr(self.finder.family, "masks", None)
+        # Where a model knows no logits_to_keep, nothing tells candidates from a new turn. A bare
+        # base model is not what generate runs.
+        known = inspect.signature(model.forward).parameters
+        self.tells = model is self.base or "logits_to_keep" in known
         self.implementation = self.decoder.config._attn_implementation
         self.tallies: deque[Tally] = deque(maxlen=100)
         self.step: Step | None = None
@@ -130,17 +141,13 @@ class Engine:
         self._owner: int | None = None
         self._hooks: list[Any] = []
         self._overrides: list[Override] = []
+        self._onward: Onward | None = None
         self._check_settings()
+        self.plan = plan(self.decoder.config, method.prune_layer)
 
     def _check_settings(self) -> None:
         method = self.method
-        layers = len(self._layers())
-        if method.prune_ratio > 0 and method.prune_layer >= layers:
-            raise UnsupportedError(
-                f"prune_layer={method.prune_layer} leaves no layer to prune: the decoder has "
-                f"{layers} layers; choose 1 to {layers - 1}, or prune_ratio=0"
-            )
-        if method.positions == "compact" and self.rope == "3-D":
+        if method.positions == "compact" and self.finder.rope == "3-D":
             raise UnsupportedError(
                 f"positions='compact' renumbers 1-D positions, and {self.base.config.model_type} "
                 "has 3-D ones; use positions='original'"
@@ -150,6 +157,8 @@ class Engine:
                 "FlexAttention's block masks cannot follow rows that move; load the model with "
                 'attn_implementation="sdpa" (or flash_attention_2, eager)'
             )
+        if not method.idle:  # plain generation may do whatever it can
+            check_layers(self.decoder.config, method.prune_layer, method.prune_ratio > 0)
 
     def _layers(self) -> Sequence[nn.Module]:
         layers: Sequence[nn.Module] = self.decoder.layers
@@ -158,56 +167,41 @@ class Engine:
     # Installing and removing
 
     def install(self) -> None:
-        if engine_of(self.model) is not None:
-            raise UnsupportedError(
-                "this model is compressed already; leave the other `with` block (or call "
-                "dycoke.remove(model)) first"
-            )
-        _ENGAGED[self.decoder] = weakref.ref(self)
+        with _INSTALLING:
+            if engine_of(self.model) is not None:
+                raise UnsupportedError(
+                    "this model is compressed already; leave the other `with` block (or call "
+                    "dycoke.remove(model)) first"
+                )
+            _ENGAGED[self.decoder] = weakref.ref(self)
         try:
             self._override_attention()
             if self.model is not self.base:
                 self._hook_forward(self.model, self._on_call, None)
             self._hook_forward(self.base, self._on_prompt, self._after_prompt)
             self._hook_forward(self.decoder, self._enter, self._leave)
-            self._wrap_positions()
+            self._onward = Onward(self.model, self.method.idle)
         except BaseException:
             self.remove()
             raise
 
     def _hook_forward(self, module: nn.Module, before: Any, after: Any) -> None:
-        self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        # A compiled model runs hooks as they are: traced, they would be compiled again each step.
+        eagerly: Any = torch.compiler.disable
+        self._hooks.append(module.register_forward_pre_hook(eagerly(before), with_kwargs=True))
         if after is not None:
             self._hooks.append(
-                module.register_forward_hook(after, with_kwargs=True, always_call=True)
+                module.register_forward_hook(eagerly(after), with_kwargs=True, always_call=True)
             )
 
-    def _wrap_positions(self) -> None:
-        """generate's positions come from the cache that it goes on with, not from the model."""
-        inner = getattr(self.model, POSITIONS, None)
-        if inner is None:
-            return
-
-        @functools.wraps(inner)
-        def prepare(inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
-            mask = model_kwargs.get("attention_mask")
-            if (cache := _ours(model_kwargs)) is not None and mask is not None:
-                ids = model_kwargs.get("input_ids")
-                cache.check_prompt(inputs_tensor if ids is None or not ids.numel() else ids, mask)
-            positions = _go_on_from(model_kwargs, mask)
-            return inner(inputs_tensor, model_kwargs) if positions is None else positions
-
-        setattr(self.model, POSITIONS, prepare)
-
     def _override_attention(self) -> None:
-        """Score in layer `prune_layer` - 1, prune from `prune_layer` on; other layers are free."""
+        """Score in one layer, prune in those above it; other layers are free."""
         prunes = self.method.prune_ratio > 0
-        last = len(self._layers()) - 1
         for i, layer in enumerate(self._layers()):
             # A trace wants the scores even where nothing is pruned.
-            if i == min(self.method.prune_layer - 1, last) and (prunes or self.trace):
+            if i == self.plan.scoring and (prunes or self.trace):
                 self._overrides.append(Override(attention_of(layer), self._scoring))
-            elif prunes and i >= self.method.prune_layer:
+            elif prunes and i in self.plan.pruned:
                 self._overrides.append(Override(attention_of(layer), self._pruning))
 
     def remove(self) -> None:
@@ -217,8 +211,9 @@ class Engine:
             hook.remove()
         for override in self._overrides:
             override.restore()
-        vars(self.model).pop(POSITIONS, None)
-        self._hooks, self._overrides = [], []
+        if self._onward is not None:
+            self._onward.restore()
+        self._hooks, self._overrides, self._onward = [], [], None
         if engine_of(self.model) is self:
             del _ENGAGED[self.decoder]
         self._release()
@@ -252,8 +247,7 @@ class Engine:
     ) -> tuple[tuple[()], dict[str, Any]]:
         local = self._local
         local.spans, local.reason = [], None
-        inputs = dict(_named(module, args, kwargs))
-        local.ids = inputs.get("input_ids")
+        local.inputs = inputs = dict(_named(module, args, kwargs))
         try:
             local.spans = self._find(module, inputs)
         except _Untouched as why:
@@ -261,13 +255,7 @@ class Engine:
         except UnsupportedError:
             if not self.method.idle:  # plain generation may do whatever it can
                 raise
-        if inputs.get("position_ids") is None and inputs.get("input_ids") is not None:
-            positions = _go_on_from(inputs, inputs.get("attention_mask"))
-            if positions is not None:
-                positions = positions[..., -inputs["input_ids"].shape[1] :]
-                inputs["position_ids"] = (
-                    positions.expand(3, -1, -1) if positions.ndim == 3 else positions
-                )
+        place(inputs)
         return (), inputs
 
     def _find(self, module: Any, inputs: dict[str, Any]) -> list[VideoSpan]:
@@ -285,30 +273,29 @@ class Engine:
                     stacklevel=2,
                 )
             raise _Untouched("inputs_embeds without input_ids: video tokens cannot be found")
-        encoded = encoded_rows(inputs.get("mm_encoder_outputs"))
-        if encoded is None and inputs.get("pixel_values_videos") is None:
+        if not self.finder.arrived(inputs):
             several = getattr(self._local, "several", False)
+            several = several or (not self.tells and isinstance(past, DycokeCache))
             # One wait for the device, at prefill only. Candidates may repeat a placeholder.
-            if ids.shape[1] > 1 and not several and _holds_video(module.config, ids):
+            if ids.shape[1] > 1 and not several and self.finder.lacks_video(ids, inputs):
                 raise UnsupportedError(
                     "the prompt has video placeholders and no video came with them; pass the "
                     "processor's whole output, and prefill at once, without prefill_chunk_size"
                 )
-            raise _Untouched(NO_VIDEO)
+            raise _Untouched(self.finder.why_untouched(inputs))
         if filled:
             raise UnsupportedError(
                 "video tokens arrived for a cache that is not empty: prefill a video in one go, "
                 "without prefill_chunk_size, and start a new cache for a new video"
             )
-        prompt = Prompt(module.config, ids, inputs.get("position_ids"), inputs, encoded)
-        spans = self.layout(prompt)
+        spans = self.finder.find(module.config, inputs)
         if not spans:
-            raise _Untouched(NO_VIDEO)
+            raise _Untouched(self.finder.why_untouched(inputs))
         return spans
 
     def _after_prompt(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         local = self._local
-        local.spans, local.ids, local.labels, local.several = [], None, False, False
+        local.spans, local.inputs, local.labels, local.several = [], None, False, False
 
     # The decoder's hooks: drop rows, take over the cache, count
 
@@ -316,6 +303,7 @@ class Engine:
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
         self._acquire()
+        self._check_attention()
         inputs = dict(_named(module, args, kwargs))
         spans: list[VideoSpan] = getattr(self._local, "spans", [])
         several: bool = getattr(self._local, "several", False)
@@ -385,8 +373,8 @@ class Engine:
         method = self.method
         batch, length, _ = inputs["inputs_embeds"].shape
         cache = self._checked_cache(inputs)
-        mask = inputs.get("attention_mask")
-        self._check_unchanged(mask)
+        mask = self._checked_mask(inputs.get("attention_mask"))
+        inputs["attention_mask"] = mask
         lead = lead_of(inputs.get("position_ids"), mask, inputs["inputs_embeds"])
         rows, masks = shorten(inputs, spans, method, cached=cache is not None)
 
@@ -402,7 +390,7 @@ class Engine:
         if cache is not None:
             generation = Generation(
                 owner=method,
-                prompt=prompt_of(self._local.ids, mask),
+                prompt=prompt_of(self._local.inputs["input_ids"], mask),
                 prompt_length=length,
                 length=0,
                 plain=rows.plain,
@@ -412,10 +400,14 @@ class Engine:
                 lead=lead,
                 tally=step.tally,
                 refuse_crop=ASSISTED if several and rows.pruned is not rows.plain else None,
+                refuse_below=0 if self.tells or rows.pruned is rows.plain else length,
             )
-            adopt(cache, generation, method.prune_layer, len(self._layers()))
+            adopt(cache, generation, self.plan.pruned, len(self._layers()))
             inputs["past_key_values"] = cache
             step.cache, step.prefill = cache, True
+        if self.masks is not None:
+            made = self.masks(self.base.config, self._local.inputs, inputs, rows)
+            inputs["attention_mask"] = inputs["attention_mask"] if made is None else made
 
     def _checked_cache(self, inputs: dict[str, Any]) -> DynamicCache | None:
         """The empty `DynamicCache` to take over; None without a cache; else an error."""
@@ -435,25 +427,35 @@ class Engine:
         check_cache(cache)
         return cache
 
-    def _check_unchanged(self, mask: Any) -> None:
+    def _check_attention(self) -> None:
+        """Overridden layers would go on with the old implementation, in any forward."""
         now = self.decoder.config._attn_implementation
-        if now != self.implementation:
-            raise UnsupportedError(
-                f"the attention implementation changed from {self.implementation!r} to {now!r} "
-                "inside the context; change it before entering"
-            )
+        if now == self.implementation or not self._overrides:
+            return
+        raise UnsupportedError(
+            f"the attention implementation changed from {self.implementation!r} to {now!r} "
+            "inside the context; change it before entering"
+        )
+
+    def _checked_mask(self, mask: Any) -> Tensor | None:
+        """The 2-D mask of this forward, or None; else an error."""
+        given = getattr(self._local, "inputs", None)
+        if isinstance(mask, dict) and given is not None:
+            # One mask per kind of layer, made for the whole prompt. Given the model's 2-D mask,
+            # the decoder makes them anew.
+            mask = given.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise UnsupportedError(
                 f"DyCoke needs the 2-D attention mask of the prompt and got {shape}; pass the "
                 "processor's attention_mask, and no static or compiled cache"
             )
+        return mask
 
     def _go_on(self, step: Step, cache: DycokeCache, inputs: dict[str, Any], several: bool) -> None:
         """A decode step, or the forward of a new turn, on a cache of ours."""
-        generation, mask = cache.generation, inputs.get("attention_mask")
-        device = inputs["inputs_embeds"].device
-        self._check_unchanged(mask)
+        generation, device = cache.generation, inputs["inputs_embeds"].device
+        mask = self._checked_mask(inputs.get("attention_mask"))
         if generation.owner != self.method:
             raise UnsupportedError(
                 f"this cache was made with {generation.owner} and cannot go on with {self.method}"
@@ -464,9 +466,12 @@ class Engine:
                 f"attention_mask covers {mask.shape[1]} tokens where prompt and answer have {total}"
             )
         step.cache, step.attention_mask = cache, mask
+        generation.refuse_below = 0
         if step.length > 1:
+            self._check_no_gap(mask, step.length)
             generation.visual.previous = None  # what follows selects anew
             generation.refuse_crop = ASSISTED if several and generation.prunes else None
+            generation.refuse_below = 0 if self.tells or not generation.prunes else step.length
         step.counts = step.length == 1 or several
         generation.lead.step(step.counts)
         if not step.counts:
@@ -475,7 +480,7 @@ class Engine:
             self._open(generation.tally)
         step.tally = generation.tally
 
-        rows = cache.layers[0].get_seq_length() + step.length
+        rows = cache.row_count + step.length
         step.plain_mask = generation.plain.key_mask(mask, rows, device, decode=False)
         inputs["attention_mask"] = step.plain_mask
         if self.method.positions == "compact":
@@ -484,6 +489,16 @@ class Engine:
                 position_ids = torch.arange(generation.length, total, device=device)[None]
             dropped = generation.dropped.to(position_ids.device)
             inputs["position_ids"] = position_ids - dropped[:, None]
+
+    def _check_no_gap(self, mask: Tensor | None, new: int) -> None:
+        """Padding between a cached prompt and new tokens: only full attention can look past it."""
+        if mask is None or set(layer_types(self.decoder.config)) == {FULL}:
+            return
+        if not mask[:, -new:].all():
+            raise UnsupportedError(
+                "padding between a cached prompt and its question: layers with linear attention or "
+                "a window take it for tokens; ask questions of one length together, or one by one"
+            )
 
     # Inside the layers
 
@@ -529,52 +544,24 @@ class Engine:
         """What the attention function wants as a mask over a pruned layer's rows."""
         if query.device not in step.pruned_masks:
             rows = cache.generation.pruned
-            # Rows of prompt and answer, the new ones included: layer 0 has them already.
-            total = cache.layers[0].get_seq_length()
+            # Rows of prompt and answer, the new ones included: the layers below have them already.
+            total = cache.row_count
             keys = rows.key_mask(step.attention_mask, total, query.device, step.decode)
             length = total - rows.start if step.decode else total
             step.pruned_masks[query.device] = native_mask(
                 self.implementation, self.decoder.config, query, step.length, length, keys
             )
-        return step.pruned_masks[query.device]
+        mask = step.pruned_masks[query.device]
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            # Layers that share keys may be asked for the newest tokens only.
+            mask = mask[:, :, -query.shape[2] :]
+        return mask
 
 
 ASSISTED = (
     "assisted and prompt-lookup decoding check several tokens in one forward, which attends to "
     "everything: with prune_ratio > 0 the answer would differ; use prune_ratio=0, or decode plainly"
 )
-
-
-# Where generate works out the positions of a prompt, the part that is cached already included.
-POSITIONS = "_prepare_position_ids_for_generation"
-
-
-def _ours(inputs: dict[str, Any]) -> DycokeCache | None:
-    cache = inputs.get("past_key_values")
-    return cache if isinstance(cache, DycokeCache) else None
-
-
-def _go_on_from(inputs: dict[str, Any], mask: Tensor | None) -> Tensor | None:
-    """Positions of prompt and text that goes on with a cache of ours; else None.
-
-    Images that come later have positions of their own, which transformers works out.
-    """
-    cache, ids = _ours(inputs), inputs.get("input_ids")
-    if cache is None or any(value is not None and "pixel" in key for key, value in inputs.items()):
-        return None
-    cached = cache.generation.length
-    if mask is not None:
-        length, batch = mask.shape[1], len(mask)
-    elif ids is not None:
-        length, batch = cached + ids.shape[1], len(ids)
-    else:
-        return None
-    return cache.generation.lead.positions(mask, length, length - cached, batch)
-
-
-def _holds_video(config: Any, ids: Tensor) -> bool:
-    token = getattr(config, "video_token_id", None)
-    return token is not None and bool((ids == token).any())
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

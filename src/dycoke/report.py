@@ -28,12 +28,16 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class VideoReport(_Readable):
-    """One video: temporal slices, tokens in each, tokens before and after merging."""
+    """One video: temporal slices, tokens in each, tokens before and after merging.
+
+    ``source`` is "videos", or "images" where images were declared to be its frames.
+    """
 
     frames: int
     tokens_per_frame: int
     visual_tokens: int
     kept_tokens: int
+    source: str = "videos"
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,11 @@ class Report(_Readable):
         refreshes = sum(s.refreshes for s in self.samples)
         recalled = sum(s.recalled_tokens for s in self.samples)
         frames = sum(s.frames for s in self.samples)
+        given = {v.source for s in self.samples for v in s.videos}
+        given_as = " given as images" if given == {"images"} else ""
         lines = [
-            f"DyCoke: {frames} frames, {visual} visual tokens in {len(self.samples)} sample(s)",
+            f"DyCoke: {frames} frames{given_as}, {visual} visual tokens in "
+            f"{len(self.samples)} sample(s)",
             f"  kept      {kept} ({self.retention:.2%})",
             f"  attended  {active} per decode step ({self.final_retention:.2%})",
             f"  decoding  {self.decode_steps} steps, {refreshes} refreshes, "

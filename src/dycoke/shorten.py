@@ -12,6 +12,15 @@ from dycoke.errors import UnsupportedError
 from dycoke.models import VideoSpan
 from dycoke.rows import Arrangement, arrange
 
+# What `shorten` takes care of, whatever its length.
+DONE = (
+    "inputs_embeds",
+    "position_ids",
+    "attention_mask",
+    "per_layer_inputs",
+    "visual_pos_masks",
+)
+
 
 class Merger(Protocol):
     """The part of a method that works before the LLM."""
@@ -30,7 +39,8 @@ def shorten(
     Parameters
     ----------
     inputs : the decoder's arguments, changed in place: inputs_embeds (B, S, D) becomes (B, R, D),
-        position_ids (..., B, S) becomes (..., B, R), attention_mask (B, S) becomes (B, R) or None.
+        position_ids (..., B, S) becomes (..., B, R), attention_mask (B, S) becomes (B, R) or None,
+        per_layer_inputs and deepstack features keep the rows of the tokens that stay.
     spans : where the videos are.
     method : what decides.
     cached : whether the decoder will have a cache.
@@ -63,13 +73,50 @@ def shorten(
         # Stated, since the decoder would number the shortened prompt through.
         position_ids = torch.arange(length, device=device)[None]
     inputs["position_ids"] = _positions(position_ids, rows, method.positions == "compact")
-    inputs["inputs_embeds"] = embeds[torch.arange(batch, device=device)[:, None], rows.source]
+    inputs["inputs_embeds"] = _gather(embeds, rows)
+    if inputs.get("per_layer_inputs") is not None:  # what each layer is told of a token's id
+        inputs["per_layer_inputs"] = _gather(inputs["per_layer_inputs"], rows)
     key_mask = rows.plain.key_mask(mask, rows.source.shape[1], device, decode=False)
     if key_mask is None and not cached:
         # Gaps in the positions of a prompt without mask and cache read as packed sequences.
         key_mask = torch.ones_like(rows.source)
     inputs["attention_mask"] = key_mask
+    _deepstack(inputs, rows)
+    _check_rest(inputs, batch, length)
     return rows, masks
+
+
+def _gather(values: Tensor, rows: Arrangement) -> Tensor:
+    """The rows that stay: (B, S, ...) -> (B, R, ...)."""
+    source = rows.source.to(values.device)
+    return values[torch.arange(len(source), device=values.device)[:, None], source]
+
+
+def _deepstack(inputs: dict[str, Any], rows: Arrangement) -> None:
+    """Features that early layers add to visual tokens: those of the tokens that stay, in place.
+
+    ``visual_pos_masks`` (B, S) says which tokens get one, ``deepstack_visual_embeds`` has a
+    (visual tokens, D) per layer, in the order of the mask.
+    """
+    visual, layers = inputs.get("visual_pos_masks"), inputs.get("deepstack_visual_embeds")
+    if visual is None or layers is None:
+        return
+    source, real = (x.to(visual.device) for x in (rows.source, rows.plain.index >= 0))
+    shown = visual.gather(1, source) & real
+    number = (visual.flatten().cumsum(0) - 1).view_as(visual)
+    stay = number.gather(1, source)[shown]
+    inputs["visual_pos_masks"] = shown
+    inputs["deepstack_visual_embeds"] = [x[stay.to(x.device)] for x in layers]
+
+
+def _check_rest(inputs: dict[str, Any], batch: int, length: int) -> None:
+    """Refuse what has still a row per token of the whole prompt."""
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.shape[:2] == (batch, length) and name not in DONE:
+            raise UnsupportedError(
+                f"the decoder is handed {name!r}, with a row per token, which DyCoke does not know "
+                "how to shorten; use a model of a known family, or leave the input out"
+            )
 
 
 def _positions(position_ids: Tensor, rows: Arrangement, compact: bool) -> Tensor:

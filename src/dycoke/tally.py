@@ -16,7 +16,6 @@ from dycoke.report import Report, SampleReport, VideoReport, share
 from dycoke.rows import Visual
 
 IDLE = "merge_ratio and prune_ratio are 0"
-NO_VIDEO = "no video in the prompt"
 
 
 @dataclass(eq=False)
@@ -168,5 +167,5 @@ def videos_by_sample(
     rows: list[list[VideoReport]] = [[] for _ in range(batch)]
     for span, count in zip(spans, kept, strict=True):
         frames, tokens = span.positions.shape
-        rows[span.sample].append(VideoReport(frames, tokens, frames * tokens, count))
+        rows[span.sample].append(VideoReport(frames, tokens, frames * tokens, count, span.source))
     return rows

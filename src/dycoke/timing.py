@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dycoke.compressor import Compressor, Run
+from dycoke.finder import Frames
 
 
 @dataclass
@@ -70,15 +71,20 @@ class Stopwatch:
 
     @contextmanager
     def compressing(
-        self, compressor: Compressor | None, trace: bool = False
+        self, compressor: Compressor | None, trace: bool = False, frames: Frames | None = None
     ) -> Iterator[Run | None]:
-        """Time the one generation inside; yields the compressor's run, if there is one."""
+        """Time the one generation inside; yields the compressor's run, if there is one.
+
+        ``frames`` is what the compressor is told about images, see `Compressor.__call__`.
+        """
         with ExitStack() as stack:
             # Hooks run in the order of their registration: ours around the compressor's.
             self._time_vision(stack)
             self._hook(stack, self.base, self._begin)
             self._hook(stack, self.decoder, self._begin)
-            run = None if compressor is None else stack.enter_context(compressor(self.model, trace))
+            run = None
+            if compressor is not None:
+                run = stack.enter_context(compressor(self.model, trace, frames=frames))
             self._hook(stack, self.base, self._compressed)
             self._hook(stack, self.decoder, self._compressed)
             handle = self.model.register_forward_hook(self._forwarded)
@@ -91,18 +97,24 @@ class Stopwatch:
         stack.callback(module.register_forward_pre_hook(hook).remove)
 
     def _time_vision(self, stack: ExitStack) -> None:
-        inner = self.base.get_video_features
+        # A video's frames may be images to the model, or its videos go through those.
+        for name in ("get_image_features", "get_video_features"):
+            inner = getattr(self.base, name, None)
+            if inner is not None:
+                setattr(self.base, name, self._timed(inner))
+                stack.callback(delattr, self.base, name)
 
+    def _timed(self, inner: Any) -> Any:
         @functools.wraps(inner)  # generate inspects its signature
         def timed(*args: Any, **kwargs: Any) -> Any:
-            began = self.now()
+            before, began = self.timings.vision_s, self.now()
             try:
                 return inner(*args, **kwargs)
             finally:
-                self.timings.vision_s += self.now() - began
+                # Instead of what a call inside this one has counted.
+                self.timings.vision_s = before + self.now() - began
 
-        self.base.get_video_features = timed
-        stack.callback(delattr, self.base, "get_video_features")
+        return timed
 
     def _begin(self, *_: Any) -> None:
         if not self._prefilled:

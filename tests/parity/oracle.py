@@ -7,8 +7,10 @@ tokens that were not in the active set of its step.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +82,9 @@ class Row:
     embedding: Tensor
     position: Tensor  # scalar, or (3,) for 3-D RoPE
     visual: bool
+    deep: list[Tensor] = field(default_factory=list)  # what the first layers add (deepstack)
+    told: Tensor | None = None  # what each layer is told of the token's id, (layers, D)
+    block: int = -1  # rows of a block see each other in layers with a window
     hidden: set[int] = field(default_factory=set)  # rows that layers >= L must not see
 
 
@@ -102,14 +107,30 @@ class Oracle:
         self.model = copy.deepcopy(model)
         self.model.set_attn_implementation("eager")
         self.family = family
+        self.spatial = family.startswith(("qwen", "glm"))  # 3-D positions
         self.K, self.P, self.L = K, P, L
         self.window = options.get("window", 4)
         self.threshold = options.get("threshold", 0.9)
         self.mean = options.get("mean", False)
         self.compact = options.get("compact", False)
+        self.videos = options.get("videos", ())  # images in each video; () for one video
         self.rows: list[Row] = []
         self.margins = Margins()
         self.keep: list[list[list[bool]]] = []
+        self.deepstack: list[Tensor] = []  # per decoder layer, (video tokens of the prompt, D)
+        self.config = config = model.config.get_text_config()
+        self.kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(
+            self._layers()
+        )
+        full = [i for i, kind in enumerate(self.kinds) if kind == "full_attention"]
+        below = [i for i in full if i < L]
+        self.scoring = below[-1] if below else full[0]
+        # Layers without keys of their own read those of the last one that has some.
+        own = [i for i in full if not getattr(self._layers()[i].self_attn, "is_kv_shared_layer", 0)]
+        self.pruned = [i for i in full if min(i, own[-1]) >= L and min(i, own[-1]) > self.scoring]
+
+    def _layers(self) -> Any:
+        return self.model.get_decoder().layers
 
     # The prompt
 
@@ -118,9 +139,10 @@ class Oracle:
         core = self.model.model
         ids = inputs["input_ids"][0]
         self.length = len(ids)
-        embeds = core.get_input_embeddings()(ids)
-        features, positions, self.next_position = self._encode(core, inputs)
         places = [i for i, token in enumerate(ids.tolist()) if token == video_token]
+        embeds = core.get_input_embeddings()(self._known(ids))
+        features, positions, self.next_position = self._encode(core, inputs)
+        deep = dict(zip(places, zip(*self.deepstack, strict=True), strict=False))
         embeds[places] = torch.cat(features).to(embeds.dtype)
 
         stays = [True] * len(ids)
@@ -140,7 +162,10 @@ class Oracle:
         index = [i for i in range(len(ids)) if stays[i]]
         for number, i in enumerate(index):
             position = torch.tensor(number) if self.compact else positions[..., i]
-            self.rows.append(Row(embeds[i], position, visual[i]))
+            row = Row(embeds[i], position, visual[i], list(deep.get(i, ())), self._told(ids[i]))
+            if getattr(self.config, "use_bidirectional_attention", None) and i in places:
+                row.block = sum(a not in places for a in range(i))  # runs of placeholders
+            self.rows.append(row)
         if self.compact:
             self.next_position = len(index)
         self.kept_rows = len(index)
@@ -148,6 +173,11 @@ class Oracle:
     def _encode(self, core: Any, inputs: dict[str, Tensor]) -> tuple[list[Tensor], Tensor, int]:
         """Features per video as scattered, positions of the whole prompt, the next position."""
         length = inputs["input_ids"].shape[1]
+        if "pixel_values" in inputs:
+            images = core.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
+            images = torch.cat([image.reshape(-1, image.shape[-1]) for image in images])
+            rows = [frames * 9 for frames in self.videos] or [len(images)]
+            return list(images.split(rows)), torch.arange(length), length
         pixels = inputs["pixel_values_videos"]
         if self.family.startswith("llava"):
             rows = core.get_video_features(pixels, return_dict=True).pooler_output
@@ -156,8 +186,22 @@ class Oracle:
             if self.family == "llava_onevision":
                 features = [torch.cat([video, core.image_newline[None]]) for video in features]
             return features, torch.arange(length), length
+        if self.family == "gemma4":
+            names = ("pixel_values_videos", "video_position_ids", "num_frames_per_video")
+            given = {name: inputs[name] for name in names if name in inputs}
+            rows = core.get_video_features(**given, return_dict=True).pooler_output
+            return list(rows), torch.arange(length), length
         grid = inputs["video_grid_thw"]
-        features = list(core.get_video_features(pixels, grid, return_dict=True).pooler_output)
+        if self.family == "video_llama_3":
+            rows = core.get_video_features(
+                pixels, grid, inputs["video_merge_sizes"], return_dict=True
+            )
+            return list(rows.pooler_output), torch.arange(length), length
+        encoded = core.get_video_features(pixels, grid, return_dict=True)
+        features = list(encoded.pooler_output)
+        for layer in getattr(encoded, "deepstack_features", ()):
+            # The floor gives a tensor where newer versions give one per video.
+            self.deepstack.append(layer if isinstance(layer, Tensor) else torch.cat(list(layer)))
         positions, delta = core.get_rope_index(
             inputs["input_ids"],
             mm_token_type_ids=inputs["mm_token_type_ids"],
@@ -169,46 +213,100 @@ class Oracle:
 
     def text(self, tokens: list[int]) -> None:
         """A new turn's tokens: they attend to everything."""
-        embeddings = self.model.model.get_input_embeddings()
-        if self.family.startswith("qwen"):
+        if self.spatial:
             self.next_position = self.length + self.delta
         for token in tokens:
-            self.rows.append(Row(embeddings(torch.tensor(token)).detach(), self._advance(), False))
+            self._append(token)
+
+    @torch.no_grad()
+    def _append(self, token: int) -> None:
+        embedding = self.model.model.get_input_embeddings()(self._known(torch.tensor(token)))
+        told = self._told(torch.tensor(token))
+        self.rows.append(Row(embedding, self._advance(), False, told=told))
+
+    def _known(self, ids: Tensor) -> Tensor:
+        """Gemma 4 embeds every placeholder as padding, a generated one, too."""
+        if self.family != "gemma4":
+            return ids
+        config = self.model.config
+        placeholders = (config.image_token_id, config.video_token_id, config.audio_token_id)
+        return torch.where(torch.isin(ids, torch.tensor(placeholders)), 0, ids)
+
+    def _told(self, token: Tensor) -> Tensor | None:
+        if not getattr(self.config, "hidden_size_per_layer_input", 0):
+            return None
+        decoder = self.model.model.language_model
+        return decoder.get_per_layer_inputs(self._known(token).view(1, 1), None)[0, 0]
 
     def _advance(self) -> Tensor:
         position = torch.tensor(self.next_position)
         self.next_position += 1
         self.length += 1
-        return position.repeat(3) if self.family.startswith("qwen") else position
+        return position.repeat(3) if self.spatial else position
 
     # The model, with a mask per layer
 
     @torch.no_grad()
     def forward(self, choose: Any) -> Tensor:
         """Logits of the last row. ``choose`` gets its attention in layer L-1, before layer L."""
-        decoder = self.model.model.language_model
+        decoder = self.model.get_decoder()
         hidden = torch.stack([row.embedding for row in self.rows])[None]
         positions = torch.stack([row.position for row in self.rows], -1)
         positions = positions[:, None] if positions.ndim == 2 else positions[None]
-        rotary = decoder.rotary_emb(hidden, positions)
-        weights: dict[str, Tensor] = {}
-        for i, layer in enumerate(decoder.layers):
-            if i == self.L and choose is not None:
-                choose(weights["last"])
-            hook = layer.self_attn.register_forward_hook(
-                lambda m, a, out: weights.__setitem__("last", out[1][0, :, -1].mean(0))
-            )
-            mask = self._mask(hidden, hide=i >= self.L)
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
-            hook.remove()
+        seen: list[Tensor] = []
+        extra: dict[str, Any] = {}
+        if self.family == "gemma4":
+            extra["shared_kv_states"] = {}
+            told = torch.stack([row.told for row in self.rows])[None]
+            told = decoder.project_per_layer_inputs(hidden, told)
+        with self._watch_routers():
+            for i, layer in enumerate(decoder.layers):
+                kind = self.kinds[i]
+                if self.family == "gemma4":
+                    extra["per_layer_input"] = told[:, :, i]
+                    rotary = decoder.rotary_emb(hidden, positions, kind)
+                elif i == 0:
+                    rotary = decoder.rotary_emb(hidden, positions)
+                if i == self.scoring:
+                    hook = layer.self_attn.register_forward_hook(
+                        lambda m, a, out: seen.append(out[1][0, :, -1].mean(0))
+                    )
+                mask = self._mask(hidden, kind, i in self.pruned)
+                hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, **extra)
+                if i == self.scoring:
+                    hook.remove()
+                    if choose is not None:
+                        choose(seen[0])
+                for j, row in enumerate(self.rows):
+                    if i < len(row.deep):
+                        hidden[0, j] += row.deep[i]
         return self.model.lm_head(decoder.norm(hidden))[0, -1]
 
-    def _mask(self, hidden: Tensor, hide: bool) -> Tensor:
+    @contextlib.contextmanager
+    def _watch_routers(self) -> Iterator[None]:
+        """Which experts a token goes to is a decision, too."""
+
+        def watch(router: Any, args: Any, output: Any) -> None:
+            ranked = output[0].softmax(-1).sort(-1, descending=True).values
+            gaps = ranked[:, router.top_k - 1] - ranked[:, router.top_k]
+            self.margins.values.append(float(gaps.min()))
+
+        modules = self.model.get_decoder().modules()
+        hooks = [m.register_forward_hook(watch) for m in modules if hasattr(m, "top_k")]
+        yield
+        for hook in hooks:
+            hook.remove()
+
+    def _mask(self, hidden: Tensor, kind: str, hide: bool) -> Tensor | None:
+        if kind == "linear_attention":
+            return None
+        window = self.config.sliding_window if kind == "sliding_attention" else math.inf
         n = len(self.rows)
         mask = torch.zeros(n, n, dtype=hidden.dtype)
         for i, row in enumerate(self.rows):
-            for j in range(n):
-                if j > i or (hide and j in row.hidden):
+            for j, other in enumerate(self.rows):
+                future = j > i and not (window < n and row.block == other.block >= 0)
+                if future or i - j >= window or (hide and j in row.hidden):
                     mask[i, j] = torch.finfo(hidden.dtype).min
         return mask[None, None]
 
@@ -251,8 +349,7 @@ class Oracle:
             if step + 1 == new_tokens:
                 self.pending = token  # generated, but not fed yet
             else:
-                embedding = self.model.model.get_input_embeddings()(torch.tensor(token))
-                self.rows.append(Row(embedding.detach(), self._advance(), False))
+                self._append(token)
         return Answer(
             ids, all_logits, self.margins, self.keep, sets, refreshes, recalled, self.kept_rows
         )

@@ -33,7 +33,7 @@ def ask_oracle(
     model: Any, family: str, inputs: dict[str, Any], K: float, P: float, L: int = 3, **options: Any
 ) -> tuple[oracle.Answer, oracle.Oracle]:
     judge = oracle.Oracle(model, family, K=K, P=P, L=L, **options)
-    judge.prompt(inputs, tiny.FAMILIES[family].tokens_per_frame, tiny.VIDEO)
+    judge.prompt(inputs, tiny.FAMILIES[family].tokens_per_frame, tiny.FAMILIES[family].token)
     return judge.generate(8), judge
 
 
@@ -121,10 +121,10 @@ def test_every_setting_equals_the_oracle(
     check(expected, output, inputs, run.report)
 
 
+@pytest.mark.parametrize("family", ["llava_onevision", "internvl", "video_llama_3"])
 @pytest.mark.parametrize("seed", [0, 4])
 @pytest.mark.parametrize(("K", "P"), RATIOS)
-def test_compact_positions_equal_the_oracle(seed: int, K: float, P: float) -> None:
-    family = "llava_onevision"
+def test_compact_positions_equal_the_oracle(family: str, seed: int, K: float, P: float) -> None:
     seed, expected = single(family, seed, 7, K, P, compact=True)
     inputs = inputs_of(family, [[7]], [(5, 7)], seed)
     output, run = compressed(model_of(family, seed=seed), settings_of(K, P, compact=True), inputs)
@@ -138,14 +138,32 @@ def alone(family: str, videos: Any, text: Any, sample: int, batch: dict[str, Any
     before = sum(len(v) for v in videos[:sample])
     mine = slice(before, before + len(videos[sample]))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if family.startswith("qwen"):
+    if "video_grid_thw" in batch:
         rows = batch["video_grid_thw"].prod(-1).tolist()
         pixels = batch["pixel_values_videos"].split(rows)
         inputs["pixel_values_videos"] = torch.cat(pixels[mine])
         inputs["video_grid_thw"] = batch["video_grid_thw"][mine]
+        if "mm_token_type_ids" in batch:
+            inputs["mm_token_type_ids"] = (ids == tiny.FAMILIES[family].token).long() * 2
+        else:
+            inputs["video_merge_sizes"] = batch["video_merge_sizes"][mine]
+    elif "pixel_values" in batch:
+        images = [sum(counts) for counts in videos]
+        pixels = batch["pixel_values"]
+        if pixels.ndim == 5:  # a row of images per sample
+            inputs["pixel_values"] = pixels[sample : sample + 1, : images[sample]]
+        else:
+            inputs["pixel_values"] = pixels.split(images)[sample]
+    elif "num_frames_per_video" in batch:
+        frames = batch["num_frames_per_video"].tolist()
+        for name in ("pixel_values_videos", "video_position_ids"):
+            inputs[name] = torch.cat(batch[name].split(frames)[mine])
+        inputs["num_frames_per_video"] = batch["num_frames_per_video"][mine]
         inputs["mm_token_type_ids"] = (ids == tiny.VIDEO).long() * 2
     else:
-        inputs["pixel_values_videos"] = batch["pixel_values_videos"][mine]
+        for name in ("pixel_values_videos", "video_position_ids"):
+            if name in batch:
+                inputs[name] = batch[name][mine]
     return inputs
 
 
@@ -170,11 +188,16 @@ def test_a_left_padded_batch_equals_each_sample_alone(
     def attempt(seed: int) -> list[oracle.Answer]:
         batch, model = inputs_of(family, videos, text, seed), model_of(family, seed=seed)
         singles = [alone(family, videos, text, i, batch) for i in filled]
-        return [ask_oracle(model, family, inputs, K, P)[0] for inputs in singles]
+        return [
+            ask_oracle(model, family, inputs, K, P, videos=videos[i])[0]
+            for i, inputs in zip(filled, singles, strict=True)
+        ]
 
     seed, answers = with_margin(6, attempt)
     batch = inputs_of(family, videos, text, seed)
-    output, run = compressed(model_of(family, backend, seed), settings_of(K, P), batch)
+    frames = tiny.FAMILIES[family].frames(videos)
+    model = model_of(family, backend, seed)
+    output, run = compressed(model, settings_of(K, P), batch, frames=frames)
     report = run.report
     assert report is not None
     assert len(report.samples) == 3
@@ -207,9 +230,7 @@ def test_a_follow_up_turn_equals_the_oracle(family: str, backend: str, K: float,
     with settings_of(K, P)(model) as run:
         out = generate(model, inputs)
         longer = torch.cat([out.sequences, torch.tensor([question])], dim=1)
-        follow = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
-        if family.startswith("qwen"):
-            follow["mm_token_type_ids"] = (longer == tiny.VIDEO).long() * 2
+        follow = tiny.FAMILIES[family].follow_up(longer)
         again = generate(model, follow, past_key_values=out.past_key_values)
     reports = run.reports
     assert len(reports) == 2
@@ -225,7 +246,8 @@ def test_float64_is_tighter(family: str, K: float, P: float) -> None:
     def build(seed: int) -> tuple[Any, dict[str, Any]]:
         model = tiny.FAMILIES[family].model("sdpa", seed=seed).double()
         inputs = inputs_of(family, [[7]], [(5, 7)], seed)
-        inputs["pixel_values_videos"] = inputs["pixel_values_videos"].double()
+        for name in {"pixel_values", "pixel_values_videos"} & set(inputs):
+            inputs[name] = inputs[name].double()
         return model, inputs
 
     def attempt(seed: int) -> list[oracle.Answer]:
@@ -236,5 +258,6 @@ def test_float64_is_tighter(family: str, K: float, P: float) -> None:
     model, inputs = build(seed)
     output, _ = compressed(model, settings_of(K, P), inputs)
     assert answer(output, inputs)[0] == expected.ids
+    # generate hands logits out as float32
     # generate hands logits out as float32
     close(torch.cat(output.logits), torch.stack(expected.logits).float(), 2e-5)

@@ -14,7 +14,7 @@ from dycoke.assistant import GREEDY, Assistant
 from dycoke.bench.plan import Plan
 from dycoke.cache import kv_bytes
 from dycoke.compressor import Compressor
-from dycoke.models import Prompt, family_of
+from dycoke.finder import Finder, own_frames
 from dycoke.report import Report
 from dycoke.timing import Stopwatch, Timings
 from dycoke.video import Video, read
@@ -86,7 +86,7 @@ class Bench:
         with watch.reading():
             video = read(path, self.plan.frames)
             inputs = {k: _repeated(v, self.plan.batch) for k, v in self.prepare(video).items()}
-        with watch.compressing(compressor) as run:
+        with watch.compressing(compressor, frames=own_frames(self.model.config)) as run:
             output = self.model.generate(
                 **inputs,
                 **GREEDY,
@@ -107,8 +107,8 @@ class Bench:
 
     def _visual_tokens(self, inputs: dict[str, Any]) -> int:
         config = self.model.base_model.config
-        prompt = Prompt(config, inputs["input_ids"], None, inputs, None)
-        return sum(span.positions.numel() for span in family_of(config).layout(prompt))
+        spans = Finder(config, None, own_frames(config)).find(config, inputs)
+        return sum(span.positions.numel() for span in spans)
 
     def measure(
         self, path: str, on_run: Callable[[str], None] | None = None

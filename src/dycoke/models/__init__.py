@@ -4,7 +4,16 @@ One file per family, found by ``config.model_type``. Each states
 
 - ``MODEL_TYPES``: the ``config.model_type`` values it serves,
 - ``ROPE``: ``"1-D"`` or ``"3-D"``,
-- ``layout(prompt) -> list[VideoSpan]``.
+- ``layout(prompt) -> list[VideoSpan]``: one span per video, or per image where those are asked for,
+- ``NAME`` and ``CHECKPOINTS`` for people, and where there is more to say ``NOTES``, a tuple: what
+  does not apply, and why,
+
+and what differs from the usual
+
+- ``FRAMES``: what its frames may be given as, of ``"videos"`` (the default) and ``"images"``,
+- ``VIDEO_TOKEN``: the config's name for the placeholder of a video, if not ``"video_token_id"``,
+- ``PROCESSOR``: arguments without which its processor makes prompts that cannot be compressed,
+- ``masks`` (`Masks`), where the model's masks are more than causal and windowed.
 """
 
 from __future__ import annotations
@@ -14,6 +23,7 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +31,7 @@ import torch
 from torch import Tensor
 
 from dycoke.errors import UnsupportedError
+from dycoke.rows import Arrangement
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +45,15 @@ class VideoSpan:
     positions : Tensor, long, shape (F, N)
         Where each frame's tokens stand in the prompt, frames in order, row-major inside a frame.
     grid : (int, int)
-        Rows and columns of one frame; their product is N.
+        Rows and columns of one frame; their product is N. (1, N) where they are not known.
+    source : "videos" or "images"
+        What the frames were given as.
     """
 
     sample: int
     positions: Tensor
     grid: tuple[int, int]
+    source: str = "videos"
 
     def __post_init__(self) -> None:
         if self.positions.ndim != 2 or 0 in self.positions.shape:
@@ -65,8 +79,10 @@ class Prompt:
     inputs : mapping
         Everything else that the model's forward received.
     encoded : sequence of int or None
-        Rows of each video in the vision encoder's output, in prompt order, where `generate`
+        Rows of each video (image) in the vision encoder's output, in prompt order, where `generate`
         encoded it before the forward (transformers 5.18 and newer).
+    kind : "video" or "image"
+        What is asked for. Images are, where they were declared to be frames.
     """
 
     config: Any
@@ -74,6 +90,23 @@ class Prompt:
     position_ids: Tensor | None
     inputs: Mapping[str, Any]
     encoded: Sequence[int] | None
+    kind: str = "video"
+
+    @property
+    def pixels(self) -> Any:
+        """What the processor made of the videos (images), where `generate` did not encode them."""
+        return self.inputs.get(PIXELS[self.kind])
+
+    @property
+    def grids(self) -> Tensor | None:
+        """Slices, rows and columns of patches, (videos or images, 3), where they are passed on."""
+        return self.inputs.get(f"{self.kind}_grid_thw")
+
+    @property
+    def token_id(self) -> int:
+        """The placeholder of a video (image)."""
+        token: int = getattr(self.config, f"{self.kind}_token_id")
+        return token
 
     def split(self, token_id: int, rows: Sequence[int]) -> list[tuple[int, Tensor]]:
         """Cut the placeholders of ``token_id`` into videos of ``rows`` tokens each.
@@ -88,15 +121,16 @@ class Prompt:
         places = (self.input_ids == token_id).nonzero()
         if len(places) != sum(rows):
             raise UnsupportedError(
-                f"the prompt has {len(places)} video placeholders where the videos fill "
-                f"{sum(rows)}: it was cut or built by hand; pass the processor's output unchanged"
+                f"the prompt has {len(places)} {self.kind} placeholders where the {self.kind}s "
+                f"fill {sum(rows)}: it was cut or built by hand; pass the processor's output "
+                "unchanged"
             )
         videos = []
         for video in torch.split(places, list(rows)):
             sample = int(video[0, 0])
             if int(video[-1, 0]) != sample:
                 raise UnsupportedError(
-                    "a video runs over the end of its prompt into the next one; pass the "
+                    f"a {self.kind} runs over the end of its prompt into the next one; pass the "
                     "processor's output unchanged"
                 )
             videos.append((sample, video[:, 1]))
@@ -111,15 +145,70 @@ class Prompt:
             )
         return positions.view(-1, tokens_per_frame)
 
+    def runs(self, positions: Tensor) -> Tensor:
+        """Cut one video's positions where other tokens stand between: (F * N,) -> (F, N).
+
+        For families that write a timestamp before each frame.
+        """
+        starts = (positions.diff() > 1).nonzero()[:, 0].tolist()
+        ends = [-1, *starts, len(positions) - 1]
+        lengths = {end - start for start, end in pairwise(ends)}
+        if len(lengths) != 1:
+            raise UnsupportedError(
+                f"the video's frames take {sorted(lengths)} placeholders each, where all should "
+                "take as many; was the prompt built by hand? Pass the processor's output unchanged"
+            )
+        return self.frames(positions, lengths.pop())
+
+    def packed(self, token_id: int) -> list[tuple[int, Tensor, tuple[int, int]]]:
+        """The videos of a family that takes all patches as one list, with a grid per video.
+
+        Returns
+        -------
+        list of (sample, positions, grid), positions long of shape (F * N,), grid as in `VideoSpan`
+        """
+        merge = self.config.vision_config.spatial_merge_size
+        grids, rows = self.grids, self.encoded
+        if rows is None:
+            if grids is None or self.pixels is None:
+                return []
+            rows = (grids.prod(-1) // merge**2).tolist()
+        videos = self.split(token_id, rows)
+        if grids is None:
+            shapes = [self._grid(sample, places) for sample, places in videos]
+        else:
+            shapes = [(height // merge, width // merge) for _, height, width in grids.tolist()]
+        return [(*video, shape) for video, shape in zip(videos, shapes, strict=True)]
+
+    def _grid(self, sample: int, places: Tensor) -> tuple[int, int]:
+        """Rows and columns of a frame, from the height and width positions of its video.
+
+        `generate` of transformers 5.18 and newer drops the grid once it has encoded the video. The
+        temporal positions cannot stand in for it: slow sampling gives several slices the same
+        value. The first run is the first frame, or all of them, which share these positions.
+        """
+        ids = self.position_ids
+        if ids is None or ids.ndim != 3 or ids.shape[0] < 3:
+            raise UnsupportedError(
+                f"the grid is neither in {self.kind}_grid_thw nor in 3-D position_ids; pass the "
+                "processor's whole output to generate()"
+            )
+        run = places[: int((places.diff() == 1).long().cumprod(0).sum()) + 1]
+        height, width = ids[-2:, sample, run]
+        return int(height.max() - height.min()) + 1, int(width.max() - width.min()) + 1
+
 
 Layout = Callable[[Prompt], list[VideoSpan]]
 """Finds the videos of a prompt; a family's own, or one that a user passes."""
 
+PIXELS = {"video": "pixel_values_videos", "image": "pixel_values"}
 
-def encoded_rows(mm_encoder_outputs: Any) -> list[int] | None:
-    """Rows per video of `generate`'s pre-encoded features; None where there are none."""
-    video = (mm_encoder_outputs or {}).get("video")
-    return None if video is None else [len(rows) for rows in video.pooler_output]
+Masks = Callable[[Any, Mapping[str, Any], Mapping[str, Any], Arrangement], dict[str, Any] | None]
+"""Makes a prompt's masks anew once it is shortened, or returns None where the usual ones do.
+
+Takes the model's config, what the model received, what its decoder will receive (shortened), and
+the rows that stayed. Returns a mask per kind of layer.
+"""
 
 
 @cache
@@ -145,4 +234,24 @@ def family_of(config: Any) -> ModuleType:
         ) from None
 
 
-__all__ = ["Prompt", "VideoSpan", "encoded_rows", "families", "family_of"]
+def frame_kinds(family: ModuleType) -> tuple[str, ...]:
+    """What a family's frames may be given as; its processor's own way first."""
+    kinds: tuple[str, ...] = getattr(family, "FRAMES", ("videos",))
+    return kinds
+
+
+def limits(family: ModuleType) -> list[str]:
+    """What of DyCoke does not apply to a family, or only on request, and why."""
+    kinds = frame_kinds(family)
+    if "images" not in kinds:
+        found = ["images are never merged"]
+    elif "videos" in kinds:
+        found = ['images are merged only with frames="images"']
+    else:
+        found = ['frames are images, merged only with frames="images"']
+    if family.ROPE == "3-D":
+        found.append('no positions="compact", which numbers 1-D positions')
+    return [*found, *getattr(family, "NOTES", ())]
+
+
+__all__ = ["Prompt", "VideoSpan", "families", "family_of", "frame_kinds", "limits"]

@@ -6,6 +6,8 @@ from dycoke.models import Prompt, VideoSpan
 
 MODEL_TYPES = ("llava_next_video",)
 ROPE = "1-D"
+NAME = "LLaVA-NeXT-Video"
+CHECKPOINTS = ("llava-hf/LLaVA-NeXT-Video-7B-hf", "llava-hf/LLaVA-NeXT-Video-34B-hf")
 
 
 def layout(prompt: Prompt) -> list[VideoSpan]:

@@ -6,6 +6,11 @@ from dycoke.models import Prompt, VideoSpan
 
 MODEL_TYPES = ("llava_onevision",)
 ROPE = "1-D"
+NAME = "LLaVA-OneVision"
+CHECKPOINTS = (
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
+)
 
 
 def layout(prompt: Prompt) -> list[VideoSpan]:

@@ -360,11 +360,21 @@ class Trainer:
         seen: list[Tensor] = []
         projector = self.model.model.multi_modal_projector
         hook = projector.register_forward_hook(lambda module, given, made: seen.append(made))
-        hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
+        output = self.model.model(**inputs, use_cache=False, output_hidden_states=True)
         hook.remove()
         answer = labels[:, 1:] != -100
-        logits = self.model.lm_head(hidden[:, :-1][answer]).float()
-        loss = functional.cross_entropy(logits, labels[:, 1:][answer])
+        truth = labels[:, 1:][answer]
+
+        def miss(hidden: Tensor) -> Tensor:
+            logits: Tensor = self.model.lm_head(hidden[:, :-1][answer])
+            return functional.cross_entropy(logits.float(), truth)
+
+        loss = miss(output.last_hidden_state)
+        # Deep supervision: every layer is asked for the answer, so that the first ones already
+        # learn where to look. The eighth of eight layers is the one that counts.
+        norm = self.model.model.language_model.norm
+        below = [miss(norm(hidden)) for hidden in output.hidden_states[1:-1]]
+        loss = loss + 0.3 * torch.stack(below).mean()
         if self.stage.sees:
             pooled = self.model.model.apply_pooling(seen[0]).flatten(0, 1)
             loss = loss + 0.3 * self._sight(pooled, told)

@@ -1,0 +1,185 @@
+"""Find the frames of a forward: its videos, and its images where these were declared frames."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dycoke.errors import UnsupportedError
+from dycoke.models import PIXELS, Layout, Prompt, VideoSpan, families, family_of, frame_kinds
+
+NO_VIDEO = "no video in the prompt"
+
+Frames = str | Sequence[int]
+"""Where the frames are: "videos", "images", or how many images each video of a prompt has."""
+
+
+class Finder:
+    """What a model's config, the user's layout and the user's word on images come to.
+
+    Parameters
+    ----------
+    config : the model's config.
+    layout : the user's own, in place of a known family's.
+    frames : None and "videos" leave images alone; see `join_images` for the others.
+    """
+
+    def __init__(self, config: Any, layout: Layout | None, frames: Frames | None) -> None:
+        self.frames = check_frames(frames)
+        if layout is not None and frames is not None:
+            raise ValueError(
+                f"layout= finds the frames itself, so frames={frames!r} would say nothing; drop one"
+            )
+        self.family = family_of(config) if layout is None else None
+        self.layout: Layout = layout or self.family.layout  # type: ignore[union-attr]
+        self.rope: str | None = getattr(self.family, "ROPE", None)
+        self.given = ("videos", "images") if self.family is None else frame_kinds(self.family)
+        images = self.frames != "videos"
+        if images and "images" not in self.given:
+            raise UnsupportedError(
+                f"frames={frames!r}: the images of {config.model_type} are not known as frames; "
+                "give the processor a video, or pass layout="
+            )
+        # A layout of the user's own is asked about whatever came.
+        wanted = {"videos": "video", "images": "image"}
+        if self.family is not None and not images:
+            del wanted["images"]
+        self.kinds = [kind for name, kind in wanted.items() if name in self.given]
+        names = {"video": getattr(self.family, "VIDEO_TOKEN", "video_token_id")}
+        tokens = [getattr(config, names.get(k, "image_token_id"), None) for k in self.kinds]
+        self.token_ids = {token for token in tokens if token is not None}
+        self.image_token_id = getattr(config, "image_token_id", None)
+
+    def arrived(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether anything that may hold frames came with this forward."""
+        return any(_arrived(inputs, kind) for kind in self.kinds)
+
+    def lacks_video(self, ids: Tensor, inputs: Mapping[str, Any]) -> bool:
+        """Whether placeholders stand here for which nothing came; ids of shape (B, S)."""
+        # An image may have come for them, where videos use the same placeholder.
+        known = {self.image_token_id} if _arrived(inputs, "image") else set()
+        return any(bool((ids == token).any()) for token in self.token_ids - known)
+
+    def why_untouched(self, inputs: Mapping[str, Any]) -> str:
+        """Why a forward without frames stays as it is."""
+        if not _arrived(inputs, "image") or "image" in self.kinds:
+            return NO_VIDEO
+        if "images" not in self.given:
+            return f"{NO_VIDEO}, and images are not merged"
+        return (
+            f"{NO_VIDEO}, and images are not merged by default: where they are frames of one, say "
+            'frames="images"'
+        )
+
+    def find(self, config: Any, inputs: Mapping[str, Any]) -> list[VideoSpan]:
+        """The videos of a prompt."""
+        spans = []
+        for kind in self.kinds:
+            rows = _encoded_rows(inputs, kind)
+            if not _arrived(inputs, kind) or rows == []:
+                continue  # generate lost them on the way to beams; the model will say so
+            ids, position_ids = inputs["input_ids"], inputs.get("position_ids")
+            prompt = Prompt(config, ids, position_ids, inputs, rows, kind)
+            found = self.layout(prompt)
+            if self.family is None:
+                return found
+            spans += join_images(prompt, found, self.frames) if kind == "image" else found
+        return spans
+
+
+def own_frames(config: Any) -> str | None:
+    """What a family's own processor makes of a video; None for a family that is not known."""
+    family = families().get(getattr(config, "model_type", ""))
+    return None if family is None else frame_kinds(family)[0]
+
+
+def processor_options(config: Any) -> dict[str, Any]:
+    """What a family's processor has to be told, for prompts that can be compressed."""
+    return dict(getattr(families().get(getattr(config, "model_type", "")), "PROCESSOR", {}))
+
+
+def check_frames(frames: Any) -> Frames:
+    """``frames`` in one of its forms, or a ValueError."""
+    if frames is None or frames in ("videos", "images"):
+        return frames or "videos"
+    counts = frames if isinstance(frames, Sequence) and not isinstance(frames, str) else ()
+    if not counts or not all(type(n) is int and n > 0 for n in counts):
+        raise ValueError(
+            'frames must be "videos", "images", or how many images each video of a prompt has, '
+            f"such as [8, 8]; got {frames!r}"
+        )
+    return tuple(counts)
+
+
+def join_images(prompt: Prompt, images: Sequence[VideoSpan], frames: Frames) -> list[VideoSpan]:
+    """Make videos of a prompt's images, as their user declared them.
+
+    Parameters
+    ----------
+    prompt : where they stand.
+    images : spans of one or more frames, in prompt order.
+    frames : "images": all of a sample's images are one video. Or how many images each video of a
+        sample has, in order; a sample may have fewer videos than that, but only whole ones.
+    """
+    by_sample: dict[int, list[tuple[Tensor, tuple[int, int]]]] = {}
+    for image in images:
+        found = by_sample.setdefault(image.sample, [])
+        found += [(frame, image.grid) for frame in image.positions]
+    videos = []
+    for sample, found in by_sample.items():
+        _check_whole(prompt, sample, [places for places, _ in found])
+        counts = [len(found)] if isinstance(frames, str) else frames
+        start = 0
+        for count in counts:
+            if start >= len(found):
+                break
+            video = found[start : start + count]
+            start += count
+            grids = sorted({grid for _, grid in video})
+            if len(grids) > 1:
+                raise UnsupportedError(
+                    f"images of {grids[0]} and of {grids[-1]} tokens cannot be frames of one "
+                    "video; resize them alike, or say which belong together: frames=[8, 8] for "
+                    "two videos of 8 images"
+                )
+            places = torch.stack([places for places, _ in video])
+            videos.append(VideoSpan(sample, places, grids[0], "images"))
+        if start != len(found):
+            raise UnsupportedError(
+                f"frames={list(frames)} does not fit a prompt with {len(found)} images; give the "
+                "number of images in each of its videos, in order"
+            )
+    return videos
+
+
+def _check_whole(prompt: Prompt, sample: int, frames: Sequence[Tensor]) -> None:
+    """Refuse parts of images: what stands before a frame is one and the same marker.
+
+    Tiles of a large image follow each other without one, or each has a marker of its own.
+    """
+    first = torch.stack([places[0] for places in frames])
+    before = prompt.input_ids[sample, (first - 1).clamp_min(0)]
+    if (before != before[0]).any():
+        raise UnsupportedError(
+            "images that are frames must be whole, each behind the same marker, and these are cut "
+            "into tiles or touch each other; tell the processor not to split images "
+            "(do_image_splitting=False, crop_to_patches=False), or pass layout="
+        )
+
+
+def _arrived(inputs: Mapping[str, Any], kind: str) -> bool:
+    """Whether videos (images) came, raw or encoded by `generate`."""
+    return inputs.get(PIXELS[kind]) is not None or _encoded(inputs, kind) is not None
+
+
+def _encoded(inputs: Mapping[str, Any], kind: str) -> Any:
+    return (inputs.get("mm_encoder_outputs") or {}).get(kind)
+
+
+def _encoded_rows(inputs: Mapping[str, Any], kind: str) -> list[int] | None:
+    """Rows per video (image) of `generate`'s pre-encoded features; None where there are none."""
+    output = _encoded(inputs, kind)
+    return None if output is None else [len(rows) for rows in output.pooler_output]

@@ -1,0 +1,57 @@
+"""Gemma 4: a time, then one run of placeholders per frame, all frames of a video equally many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dycoke.models import Prompt, VideoSpan
+from dycoke.rows import Arrangement
+
+MODEL_TYPES = ("gemma4",)
+ROPE = "1-D"
+NAME = "Gemma 4"
+CHECKPOINTS = ("google/gemma-4-E2B-it", "google/gemma-4-12B-it")
+NOTES = ("layers with a window see all that merging left, only full-attention layers are pruned",)
+
+
+def layout(prompt: Prompt) -> list[VideoSpan]:
+    rows = prompt.encoded
+    if rows is None:
+        patches = prompt.inputs.get("video_position_ids")
+        if patches is None or prompt.inputs.get("pixel_values_videos") is None:
+            return []
+        # (frames of all videos, patches, 2), or, in older versions, (videos, frames, patches, 2).
+        pooled = prompt.config.vision_config.pooling_kernel_size**2
+        tokens = (patches != -1).all(-1).sum(-1) // pooled
+        frames = prompt.inputs.get("num_frames_per_video")
+        videos = tokens if frames is None else tokens.split(frames.tolist())
+        rows = [int(video.sum()) for video in videos]
+    spans = []
+    for sample, places in prompt.split(prompt.token_id, rows):
+        positions = prompt.runs(places)
+        # generate() drops the patch positions, so a frame's tokens are one row.
+        spans.append(VideoSpan(sample, positions, (1, positions.shape[1])))
+    return spans
+
+
+def masks(
+    config: Any, given: Mapping[str, Any], inputs: Mapping[str, Any], rows: Arrangement
+) -> dict[str, Any] | None:
+    """Larger models let the tokens of a frame see each other, in layers with a window."""
+    text, types = config.get_text_config(), given.get("mm_token_type_ids")
+    if text.use_bidirectional_attention != "vision" or types is None:
+        return None
+    from transformers.models.gemma4 import modeling_gemma4 as gemma4
+
+    frames = gemma4.get_block_sequence_ids_for_mask(types, device=rows.source.device)
+    frames = frames.gather(1, rows.source)
+    made: dict[str, Any] = gemma4.create_masks_for_vision_model(
+        config=text,
+        inputs_embeds=inputs["inputs_embeds"],
+        attention_mask=inputs["attention_mask"],
+        past_key_values=inputs.get("past_key_values"),
+        position_ids=inputs["position_ids"],
+        block_sequence_ids=frames,
+    )
+    return made

@@ -1,0 +1,33 @@
+"""VideoLLaMA3: "Time 1.0s:" before each frame; its own token compression has to be off."""
+
+from __future__ import annotations
+
+from dycoke.errors import UnsupportedError
+from dycoke.models import Prompt, VideoSpan
+
+MODEL_TYPES = ("video_llama_3",)
+ROPE = "1-D"
+PROCESSOR = {"use_token_compression": False}
+NAME = "VideoLLaMA3"
+CHECKPOINTS = ("lkhl/VideoLLaMA3-2B-Image-HF",)
+NOTES = ("its own token compression must be off: use_token_compression=False",)
+
+
+def layout(prompt: Prompt) -> list[VideoSpan]:
+    mask = prompt.inputs.get("video_compression_mask")
+    if mask is not None and not mask.all():
+        raise UnsupportedError(
+            "VideoLLaMA3's processor dropped tokens itself, and its frames do not match any more; "
+            "call it with use_token_compression=False"
+        )
+    rows = prompt.encoded
+    if rows is None:
+        merge = prompt.inputs.get("video_merge_sizes")
+        if prompt.grids is None or merge is None:
+            return []
+        rows = (prompt.grids.prod(-1) // merge**2).tolist()
+    spans = []
+    for sample, places in prompt.split(prompt.token_id, rows):
+        frames = prompt.runs(places)
+        spans.append(VideoSpan(sample, frames, (1, frames.shape[1])))
+    return spans

@@ -1,0 +1,67 @@
+"""What a family's file states, and what it may not need."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import CONFIG_MAPPING
+
+from dycoke import UnsupportedError, engine, finder
+from dycoke.models import Prompt, families, frame_kinds, limits
+
+FILES = {module.__name__.split(".")[-1]: module for module in families().values()}
+each = pytest.mark.parametrize("family", FILES.values(), ids=list(FILES))
+
+
+@each
+def test_a_family_states_what_the_table_needs(family: ModuleType) -> None:
+    assert family.ROPE in ("1-D", "3-D")
+    assert family.NAME and family.CHECKPOINTS and limits(family)
+    assert all("/" in checkpoint for checkpoint in family.CHECKPOINTS)
+    assert not isinstance(getattr(family, "NOTES", ()), str)
+    assert set(frame_kinds(family)) <= {"videos", "images"}
+    known = [name for name in family.MODEL_TYPES if name in CONFIG_MAPPING]
+    assert known, "transformers knows none of its names"
+
+
+@each
+def test_a_family_is_a_small_file_and_is_tested(family: ModuleType) -> None:
+    assert len(Path(inspect.getfile(family)).read_text().splitlines()) <= 60
+    for name in family.MODEL_TYPES:
+        if name in CONFIG_MAPPING:  # the oldest transformers may lack it
+            assert name in tiny.FAMILIES
+
+
+@pytest.mark.parametrize("module", [engine, finder])
+def test_the_engine_knows_no_family(module: ModuleType) -> None:
+    code = inspect.getsource(module).lower()
+    for name, family in families().items():
+        assert name not in code and family.NAME.lower() not in code
+
+
+def prompt(ids: list[list[int]], **kwargs: Any) -> Prompt:
+    return Prompt(None, torch.tensor(ids), None, {}, None, **kwargs)
+
+
+def test_runs_are_frames() -> None:
+    places = torch.tensor([3, 4, 6, 7, 10, 11])
+    assert prompt([[0]]).runs(places).tolist() == [[3, 4], [6, 7], [10, 11]]
+    assert prompt([[0]]).runs(torch.arange(4, 7)).tolist() == [[4, 5, 6]]
+    with pytest.raises(UnsupportedError, match=r"\[1, 2\] placeholders"):
+        prompt([[0]]).runs(places[1:])
+
+
+def test_videos_fill_placeholders_in_order() -> None:
+    ids = [[0, 9, 9, 9], [9, 9, 0, 9]]
+    found = prompt(ids).split(9, [1, 2, 3])
+    assert [(s, p.tolist()) for s, p in found] == [(0, [1]), (0, [2, 3]), (1, [0, 1, 3])]
+    with pytest.raises(UnsupportedError, match="6 image placeholders where the images fill 5"):
+        prompt(ids, kind="image").split(9, [5])
+    with pytest.raises(UnsupportedError, match="a video runs over the end"):
+        prompt(ids).split(9, [4, 2])
