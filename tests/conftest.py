@@ -1,12 +1,33 @@
-"""Paths for the tests' own modules, and what users of image-framed families say about them."""
+"""Paths for the tests' own modules, what tests of commands share, and what users of image-framed
+families say about them."""
+
+from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
+
+
+@pytest.fixture
+def run(monkeypatch: Any, capsys: Any) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process: (exit code, stdout, stderr)."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        from dycoke import cli
+
+        monkeypatch.setattr(sys, "argv", ["dycoke", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return call
+
 
 # Families that differ from another row by nothing that DyCoke touches: the same layout file, the
 # same kinds of layers. The whole matrix over them is half of its time; `--every-family` runs it.

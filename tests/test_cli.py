@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +38,6 @@ REPORT = [
     "final_retention",
     "samples",
 ]
-
-
-@pytest.fixture
-def run(monkeypatch: Any, capsys: Any) -> Callable[..., tuple[int, str, str]]:
-    """The command in this process: (exit code, stdout, stderr)."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dycoke", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +136,7 @@ def test_frames_that_become_images_are_declared(run: Any, clip: Path, tmp_path: 
 def test_the_table_of_models(run: Any, monkeypatch: Any) -> None:
     from dycoke.models import families
 
-    monkeypatch.setattr(cli, "out", Console(width=160))
+    monkeypatch.setattr(cli, "out", Console(width=300))
     code, out, _ = run("models")
     assert code == 0
     for model_type, family in families().items():

@@ -26,6 +26,8 @@ from dycoke.video import Video, read
 
 # Frames that the vision encoder takes at once. Beyond a handful an encoder is not faster for more.
 ENCODE_FRAMES = 16
+# Sampling's settings are left over in many generation configs, and warned about in greedy search.
+GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 @dataclass(frozen=True)
@@ -215,10 +217,7 @@ class Assistant:
     ) -> Answer:
         watch = Stopwatch(self.model)
         if not generate.get("do_sample"):
-            # Left over in many generation configs, and warned about in greedy search.
-            generate = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | (
-                generate
-            )
+            generate = GREEDY | generate
         streamer = _Streamer(self.processor.tokenizer, on_text) if on_text else None
         # Whatever the processor makes of the frames, they are those of one video.
         with watch.compressing(compressor, trace, own_frames(self.model.config)) as run:

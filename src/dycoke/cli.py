@@ -256,21 +256,132 @@ def evaluate(
 
 
 @app.command()
-def flops() -> None:
-    """Print the FLOPs of the paper's models and settings, beside the paper's own figures."""
-    from dycoke import costs
+def bench(
+    arch: Annotated[
+        str | None, typer.Option(help="True shapes with random weights: llava-onevision-7b, ...")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Directory or hub id of a checkpoint [default: the embedded nano model]"),
+    ] = None,
+    names: Annotated[
+        str, typer.Option("--methods", help="Comma-separated; see dycoke methods.")
+    ] = "full,dycoke",
+    ratio: Annotated[
+        float | None,
+        typer.Option(help="Share of the visual tokens to remove [default: each method's own]"),
+    ] = None,
+    video: Annotated[Path | None, typer.Option(help="[default: a rendered story]")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames to sample.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
+    repeat: Annotated[int, typer.Option(min=1, help="Measured turns of all methods.")] = 3,
+    batch: Annotated[int, typer.Option(min=1, help="Copies of the prompt in a batch.")] = 1,
+    layers: Annotated[
+        int | None, typer.Option(help="Cut an architecture's language model; the output says so.")
+    ] = None,
+    vision_layers: Annotated[
+        int | None, typer.Option(help="Cut an architecture's vision encoder; the output says so.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cuda:1, mps, cpu [default: the best there is]")
+    ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="Such as flash_attention_2 [default: transformers' choice]")
+    ] = None,
+    peak: Annotated[
+        bool, typer.Option(help="On the CPU, measure each method's peak memory in a process.")
+    ] = True,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results here, too.")
+    ] = None,
+    picture: Annotated[Path, typer.Option(help="Where to save the bars.")] = Path(
+        "dycoke-bench.png"
+    ),
+    check_paper: Annotated[
+        bool, typer.Option("--check-paper", help="Print the paper's FLOPs and ours, and stop.")
+    ] = False,
+) -> None:
+    """Speed and memory of the methods, stage by stage; one line of JSON comes last."""
+    from dycoke.bench import show
 
-    table = Table(title="LLaVA-OneVision, TFLOPs (paper's figure): 32 frames x 196 tokens, 100 new")
-    table.add_column("size", no_wrap=True)
-    for name in costs.PAPER_SETTINGS:
-        table.add_column(name, justify="right")
-    for size in costs.PAPER_SHAPES:
-        row = []
-        for name in costs.PAPER_SETTINGS:
-            paper = costs.PAPER_TFLOPS[size].get(name, "-")
-            row.append(f"{costs.paper_setting(size, name).total / 1e12:.1f} ({paper})")
-        table.add_row(size, *row)
+    if check_paper:
+        out.print(show.paper_flops())
+        return
+    import shlex
+
+    from transformers.utils import logging
+
+    from dycoke.bench.arch import arch_of
+    from dycoke.bench.plan import Plan, clip
+    from dycoke.bench.results import measure
+    from dycoke.bench.speed import BenchError
+    from dycoke.errors import UnsupportedError
+    from dycoke.video import VideoError
+
+    logging.disable_progress_bar()
+    if arch is not None and model is not None:
+        raise BadInput("--arch and --model exclude each other; drop one")
+    if arch is None and (layers, vision_layers) != (None, None):
+        raise BadInput("--layers and --vision-layers cut random weights only; name an --arch")
+    for file in (json_file, picture):
+        if file is not None and not file.resolve().parent.is_dir():
+            raise BadInput(f"cannot write {file}: there is no such folder")
+    try:
+        plan = Plan(
+            methods=tuple(part.strip() for part in names.split(",") if part.strip()),
+            arch=None if arch is None else arch_of(arch).cut(layers, vision_layers),
+            model=model,
+            video=None if video is None else str(video),
+            frames=frames,
+            new_tokens=new_tokens,
+            repeat=repeat,
+            batch=batch,
+            ratio=ratio,
+            device=device,
+            attention=attention,
+        )
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    try:
+        with clip(plan) as path, err.status("building the model") as status:
+
+            def tell(what: str) -> None:
+                status.update(what)
+                if not err.is_terminal:  # a log of a long run should show that it goes on
+                    err.print(what, markup=False)
+
+            head, rows = measure(plan, path, shlex.join(["dycoke", *sys.argv[1:]]), tell, peak)
+    except (VideoError, UnsupportedError, BenchError) as error:
+        raise BadInput(str(error)) from None
+    for table in show.tables(head, rows):
+        out.print(table)
+    show.bars(head, rows).save(picture, format="PNG")
+    out.print(f"saved {picture}: seconds per stage")
+    content = {**head, "results": rows}
+    if json_file is not None:
+        json_file.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps(content))
+
+
+@app.command("methods")
+def list_methods() -> None:
+    """List the methods that bench and eval know by name."""
+    from dycoke.methods import METHODS
+
+    table = Table()
+    table.add_column("method", no_wrap=True)
+    table.add_column("what it does")
+    for method in METHODS.values():
+        table.add_row(method.name, method.about)
     out.print(table)
+
+
+@app.command()
+def flops() -> None:
+    """The same as bench --check-paper: the paper's FLOPs, and ours."""
+    from dycoke.bench.show import paper_flops
+
+    out.print(paper_flops())
 
 
 @app.command()

@@ -91,8 +91,14 @@ def flops(
         raise ValueError(f"retention must be in (0, 1], got {retention!r}")
     if not 0 <= prune_ratio < 1:
         raise ValueError(f"prune_ratio must be in [0, 1), got {prune_ratio!r}")
-    n, d, m, layers = retention * visual_tokens, hidden_size, intermediate_size, num_layers
-    attended = (1 - prune_ratio) * n
+    kept = retention * visual_tokens
+    shape = Shape(hidden_size, intermediate_size, num_layers)
+    return counted(kept, (1 - prune_ratio) * kept, shape, new_tokens)
+
+
+def counted(kept: float, attended: float, shape: Shape, new_tokens: int = 100) -> Flops:
+    """The same formula on counts: visual tokens prefilled, and attended to by a decode step."""
+    n, d, m, layers = kept, shape.hidden_size, shape.intermediate_size, shape.num_layers
     prefill = layers * (4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m)
     # The sum over i of (attended + i) has a closed form.
     context = new_tokens * attended + new_tokens * (new_tokens - 1) / 2

@@ -105,13 +105,19 @@ def _packed(inner: Callable[..., Any], inputs: dict[str, Any], name: str, most: 
     pooled: list[Tensor] = []
     deeper: list[list[Tensor]] = []
     start = 0
-    for slices, height, width in grids.tolist():
+    for video, (slices, height, width) in enumerate(grids.tolist()):
+        # What there is one of per video goes with each of its chunks.
+        own = {
+            k: v[video : video + 1]
+            for k, v in inputs.items()
+            if isinstance(v, Tensor) and k != name and len(v) == len(grids)
+        }
         parts = []
         for part in _even(slices, most):
             end = start + part * height * width
             grid = grids.new_tensor([[part, height, width]])
             chunk = {name: inputs[name][start:end], "video_grid_thw": grid}
-            output, start = inner(**inputs | chunk), end
+            output, start = inner(**inputs | own | chunk), end
             levels = getattr(output, "deepstack_features", None) or []
             parts.append([_whole(output.pooler_output), *map(_whole, levels)])
         first, *others = (torch.cat(level) for level in zip(*parts, strict=True))

@@ -56,10 +56,19 @@ class Stopwatch:
         self._steps = 0
 
     def now(self) -> float:
-        device = self.model.device.type
-        if device in ("cuda", "mps", "xpu"):
-            getattr(torch, device).synchronize()
+        device = self.model.device
+        if device.type in ("cuda", "xpu"):
+            getattr(torch, device.type).synchronize(device)  # not always the current one
+        elif device.type == "mps":
+            torch.mps.synchronize()
         return time.perf_counter()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Time the way from the file to the model's inputs."""
+        began = self.now()
+        yield
+        self.timings.video_s = self.now() - began
 
     @contextmanager
     def compressing(
@@ -129,4 +138,4 @@ class Stopwatch:
         t = self.timings
         t.ttft_s = t.vision_s + t.compress_s + t.prefill_s
         t.per_token_s = (self._last - self._prefilled) / self._steps if self._steps else 0.0
-        t.total_s = generate_s
+        t.total_s = t.video_s + generate_s

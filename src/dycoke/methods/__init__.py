@@ -1,1 +1,100 @@
-"""Methods beside DyCoke, through the same doors."""
+"""The methods by name: DyCoke, the full model beside it, and others through the same doors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dycoke.compressor import Compressor, DyCoke
+from dycoke.methods.controls import FewerFrames, RandomTokens
+
+
+@dataclass(frozen=True)
+class Method:
+    """A line of the table.
+
+    Attributes
+    ----------
+    name : what commands call it.
+    about : what it does, in a line.
+    make : ``make()`` gives the method in its own default setting, ``make(ratio)`` the one that
+        removes that share of the visual tokens. None stands for the full model.
+    """
+
+    name: str
+    about: str
+    make: Callable[..., Compressor | None]
+
+
+def _merge_ratio(ratio: float) -> float:
+    """The merge ratio K that removes ``ratio`` of the tokens of full windows of 4 frames."""
+    if not 0 <= ratio < 0.75:
+        raise ValueError(
+            f"ratio must be in [0, 0.75) where windows of 4 keep their anchor whole, got {ratio!r}"
+        )
+    return ratio / 0.75
+
+
+def _full(ratio: float = 0.0) -> None:
+    """No compressor, whatever the others are asked to remove."""
+
+
+def _merging(method: type[DyCoke], **settings: Any) -> Callable[..., Compressor]:
+    """The factory of a method that counts as DyCoke does."""
+
+    def make(ratio: float | None = None) -> Compressor:
+        share: dict[str, Any] = {} if ratio is None else {"merge_ratio": _merge_ratio(ratio)}
+        return method(**share, **settings)
+
+    return make
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("full", "the model as it is, nothing removed", _full),
+        Method("dycoke", "merging over time, dynamic pruning while decoding", _merging(DyCoke)),
+        Method("random", "control: DyCoke's counts, any tokens", _merging(RandomTokens)),
+        Method(
+            "fewer-frames",
+            "control: whole frames, not above DyCoke's counts",
+            _merging(FewerFrames),
+        ),
+        Method(
+            "once",
+            "control: DyCoke that selects once, nothing comes back",
+            _merging(DyCoke, refresh_threshold=0),
+        ),
+        Method(
+            "always",
+            "control: DyCoke that selects anew in every step",
+            _merging(DyCoke, refresh_threshold=1),
+        ),
+    )
+}
+
+
+def create(name: str, ratio: float | None = None) -> Compressor | None:
+    """A method by its name.
+
+    Parameters
+    ----------
+    name : a key of `METHODS`.
+    ratio : share of the visual tokens to remove; None for the method's own default setting.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, with those there are, and for a ratio out of the method's reach.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
+    make = METHODS[name].make
+    try:
+        return make() if ratio is None else make(ratio)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+__all__ = ["METHODS", "Method", "create"]

@@ -1,0 +1,1 @@
+"""Speed and memory of the methods, side by side on true shapes."""

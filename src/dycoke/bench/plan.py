@@ -1,0 +1,96 @@
+"""What to measure, checked before anything takes minutes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dycoke import methods
+from dycoke.assistant import best_device
+from dycoke.bench.arch import Arch
+from dycoke.nano import stories
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Attributes
+    ----------
+    methods : names from `dycoke.methods`, in the order of the turns.
+    arch : shapes to build with random weights; None for a checkpoint.
+    model : directory or hub id of a checkpoint; None for the embedded model.
+    video : a file; None for a rendered story.
+    frames : frames to sample from it.
+    new_tokens : tokens to generate, never fewer.
+    repeat : measured turns; a turn runs every method once.
+    batch : copies of the prompt in one batch.
+    ratio : share of the visual tokens to remove; None for each method's own default.
+    device : such as "cuda:1"; None for the best there is.
+    attention : such as "flash_attention_2"; None for transformers' choice.
+
+    Raises
+    ------
+    ValueError
+        For an unknown method or device, with those there are; for a count below 1.
+    """
+
+    methods: tuple[str, ...]
+    arch: Arch | None = None
+    model: str | None = None
+    video: str | None = None
+    frames: int = 32
+    new_tokens: int = 64
+    repeat: int = 3
+    batch: int = 1
+    ratio: float | None = None
+    device: str | None = None
+    attention: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "new_tokens", "repeat", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.methods:
+            raise ValueError(f"no method is named; there are {', '.join(methods.METHODS)}")
+        for name in self.methods:
+            methods.create(name, self.ratio)  # an error now, not after minutes
+        if self.device is not None and self.device not in (known := devices()):
+            raise ValueError(f"unknown device {self.device!r}; there are {', '.join(known)}")
+
+    @property
+    def place(self) -> str:
+        return self.device or best_device()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, plan: Mapping[str, Any]) -> Plan:
+        arch = plan["arch"] and Arch(**plan["arch"])
+        return cls(**{**plan, "arch": arch, "methods": tuple(plan["methods"])})
+
+
+def devices() -> list[str]:
+    """Names of the devices of this machine."""
+    names = ["cpu"]
+    if torch.cuda.is_available():
+        names += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    return names + ["mps"] * torch.backends.mps.is_available()
+
+
+@contextmanager
+def clip(plan: Plan) -> Iterator[str]:
+    """The plan's video as a file: its own, or a story rendered for as long as this lasts."""
+    if plan.video is not None:
+        yield plan.video
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        story = stories.make("seen", 0, frames=max(stories.FRAMES, plan.frames))
+        yield str(stories.write(story, Path(folder) / "story.mp4"))
