@@ -15,7 +15,7 @@ def image_of(model: Any, seed: int = 0) -> dict[str, Any]:
     g = torch.Generator().manual_seed(seed + 50)
     known = set(inspect.signature(model.base_model.get_image_features).parameters)
     vision = model.config.vision_config
-    if "image_grid_thw" in known:
+    if "image_grid_thw" in known and hasattr(vision, "spatial_merge_size"):
         merge, temporal = vision.spatial_merge_size, getattr(vision, "temporal_patch_size", 1)
         height, width = 2 * merge, 3 * merge
         patches = torch.randn(height * width, 3 * temporal * vision.patch_size**2, generator=g)

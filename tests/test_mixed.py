@@ -44,11 +44,14 @@ class Judge(oracle.Oracle):
             core.get_rope_index = functools.partial(
                 core.get_rope_index, image_grid_thw=inputs["image_grid_thw"]
             )
-        return super()._encode(core, inputs)
+        beside = ("pixel_values", "image_grid_thw", "image_sizes")
+        return super()._encode(core, {k: v for k, v in inputs.items() if k not in beside})
 
 
 def mixed(family: str, place: str, seed: int = 0) -> tuple[dict[str, Any], Tensor]:
     model = model_of(family, seed=seed)
+    if tiny.FAMILIES[family].token == tiny.IMAGE:
+        pytest.skip("the stock model takes all of its placeholders for the image's")
     image = image_of(model, seed)
     inputs = insert(model, inputs_of(family, [[7]], [(5, 7)], seed), image, PLACES[place])
     return inputs, image_rows(model, image)
@@ -57,6 +60,10 @@ def mixed(family: str, place: str, seed: int = 0) -> tuple[dict[str, Any], Tenso
 @families
 @places
 def test_video_and_image_equal_the_oracle(family: str, place: str) -> None:
+    if hasattr(model_of(family).config.vision_config, "deepstack_visual_indexes"):
+        if model_of(family).config.vision_config.deepstack_visual_indexes:
+            pytest.skip("the oracle has no deeper features of images; test_shorten.py has")
+
     def attempt(seed: int) -> list[oracle.Answer]:
         inputs, rows = mixed(family, place, seed)
         model = model_of(family, seed=seed)
@@ -74,7 +81,7 @@ def test_video_and_image_equal_the_oracle(family: str, place: str) -> None:
     sample = run.report.samples[0]
     assert sample.visual_tokens == 7 * tiny.FAMILIES[family].tokens_per_frame
     dropped = sample.visual_tokens - sample.kept_tokens
-    assert output.past_key_values.layers[0].length == (inputs["input_ids"].shape[1] - dropped + 7)
+    assert output.past_key_values.row_count == inputs["input_ids"].shape[1] - dropped + 7
 
 
 @families
@@ -103,16 +110,17 @@ def test_images_alone_pass_untouched(family: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(output.logits, plain.logits, strict=True))
     report = run.report
     assert report is not None and not report.engaged
-    assert report.reason == "no video in the prompt"
+    assert report.reason is not None and report.reason.startswith("no video in the prompt")
     assert report.samples[0].visual_tokens == 0 and report.decode_steps == 7
 
 
 @families
 def test_two_videos_in_one_prompt_at_ratio_zero(family: str) -> None:
     model, inputs = model_of(family), inputs_of(family, [[5, 5]], [(5, 7)])
+    frames = tiny.FAMILIES[family].frames([[5, 5]])
     plain = generate(model, inputs)
     for settings, tolerance in ((NOTHING, 0), (DyCoke(merge_ratio=0, prune_ratio=1e-9), 1e-5)):
-        output, run = compressed(model, settings, inputs)
+        output, run = compressed(model, settings, inputs, frames=frames)
         assert torch.equal(output.sequences, plain.sequences)
         close(torch.cat(output.logits), torch.cat(plain.logits), tolerance)
         assert run.report is not None

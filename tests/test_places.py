@@ -18,6 +18,7 @@ from transformers import pipeline
 import dycoke
 from dycoke import DyCoke, UnsupportedError
 from dycoke.assistant import Assistant
+from dycoke.finder import processor_options
 from dycoke.video import read
 
 ONE = ([[7]], [(5, 7)])
@@ -54,7 +55,9 @@ def test_index_tensors_follow_each_layers_device(family: str) -> None:
             out = model(input_ids=ids, attention_mask=mask, past_key_values=cache)
         cache.reorder_cache(torch.tensor([1, 0]))
     assert out.logits.device.type == "meta"
-    assert [layer.keys.device.type for layer in cache.layers] == ["cpu"] * 3 + ["meta"] * 2
+    rows = {i: layer.keys for i, layer in enumerate(cache.layers) if hasattr(layer, "keys")}
+    assert set(rows) >= set(tiny.FAMILIES[family].full)
+    assert all(keys.device.type == ("cpu" if i < 3 else "meta") for i, keys in rows.items())
     assert run.report is not None
     assert [s.refreshes for s in run.report.samples] == [2, 2]
 
@@ -137,6 +140,7 @@ def test_the_pipeline_of_transformers(family: str, tmp_path: Path) -> None:
     content = [{"type": "video", "video": frames}, {"type": "text", "text": "what happens"}]
     chat = [{"role": "user", "content": content}]
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    options = {"do_sample_frames": False, **processor_options(model.config)}
 
     def ask() -> str:
         (answer,) = pipe(
@@ -144,7 +148,7 @@ def test_the_pipeline_of_transformers(family: str, tmp_path: Path) -> None:
             max_new_tokens=6,
             return_full_text=False,
             generate_kwargs={"do_sample": False},
-            processor_kwargs={"do_sample_frames": False},
+            processor_kwargs=options,
         )
         text: str = answer["generated_text"]
         return text
@@ -162,7 +166,7 @@ def test_the_pipeline_of_transformers(family: str, tmp_path: Path) -> None:
                 return_dict=True,
                 return_tensors="pt",
                 add_generation_prompt=True,
-                processor_kwargs={"do_sample_frames": False},
+                processor_kwargs=options,
             )
             ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     assert piped is not None and piped.engaged and piped == run.report

@@ -122,6 +122,10 @@ def test_an_assistant_model(family: str) -> None:
     """A draft model's candidates are checked several at once: refused while pruning."""
     model, inputs = model_of(family), inputs_of(family, *ONE)
     draft = copy.deepcopy(model)
+    if model._is_stateful:
+        with untouched(model), pytest.raises(ValueError, match="not supported with stateful"):
+            compressed(model, DyCoke(), inputs, assistant_model=draft)
+        return
     with untouched(model), pytest.raises(UnsupportedError, match="assisted and prompt-lookup"):
         compressed(model, DyCoke(), inputs, assistant_model=draft)
     for settings in (NOTHING, DyCoke(prune_ratio=0)):

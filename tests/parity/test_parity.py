@@ -168,9 +168,10 @@ def alone(family: str, videos: Any, text: Any, sample: int, batch: dict[str, Any
 
 
 @families
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "K", "P"), [*((backend, 0.7, 0.7) for backend in BACKENDS), ("sdpa", 0.0, 0.7)]
+)
 @pytest.mark.parametrize("kind", ["unequal text", "unequal videos", "two videos", "some text only"])
-@pytest.mark.parametrize(("K", "P"), [(0.7, 0.7), (0.0, 0.7)])
 def test_a_left_padded_batch_equals_each_sample_alone(
     family: str, backend: str, kind: str, K: float, P: float
 ) -> None:
