@@ -390,12 +390,13 @@ def models() -> None:
     from dycoke.models import families, limits
 
     table = Table(title="merging and pruning work on all of these", show_lines=True)
-    for name in ("family (config.model_type)", "checkpoints, such as", "RoPE", "limits"):
-        table.add_column(name, overflow="fold")
+    table.add_column("family (config.model_type), and checkpoints such as", overflow="fold")
+    table.add_column("RoPE")
+    table.add_column("limits")
     for family in dict.fromkeys(families().values()):
         name = f"{family.NAME}\n({', '.join(family.MODEL_TYPES)})"
-        checkpoints = "\n".join(family.CHECKPOINTS)
-        table.add_row(name, checkpoints, family.ROPE, "\n".join(limits(family)))
+        checkpoints = "".join(f"\n  {checkpoint}" for checkpoint in family.CHECKPOINTS)
+        table.add_row(name + checkpoints, family.ROPE, "\n".join(limits(family)))
     out.print(table, markup=False)
     out.print("Any other family: DyCoke(...)(model, layout=...), see the README.")
 
