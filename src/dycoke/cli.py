@@ -390,7 +390,7 @@ def models() -> None:
     from dycoke.models import families, limits
 
     table = Table(title="merging and pruning work on all of these", show_lines=True)
-    table.add_column("family (config.model_type), and checkpoints such as", overflow="fold")
+    table.add_column("family (config.model_type), and checkpoints", no_wrap=True)
     table.add_column("RoPE")
     table.add_column("limits")
     for family in dict.fromkeys(families().values()):
