@@ -56,6 +56,17 @@ def skip_what_stock_cannot(decoder: str, backend: str) -> None:
             pytest.skip("the stock decoder slices 4-D masks only")
 
 
+@cache
+def single(decoder: str, K: float, P: float, L: int) -> tuple[int, list[oracle.Answer]]:
+    family = DECODERS[decoder][0]
+
+    def attempt(seed: int) -> list[oracle.Answer]:
+        inputs = inputs_of(family, [[7]], [(5, 7)], seed)
+        return [ask_oracle(model_of(decoder, "sdpa", seed), family, inputs, K, P, L)[0]]
+
+    return with_margin(3, attempt)  # type: ignore[no-any-return]
+
+
 @decoders
 @backends
 @ratios
@@ -63,34 +74,53 @@ def skip_what_stock_cannot(decoder: str, backend: str) -> None:
 def test_equals_the_oracle(decoder: str, backend: str, K: float, P: float, L: int) -> None:
     skip_what_stock_cannot(decoder, backend)
     family = DECODERS[decoder][0]
-
-    def attempt(seed: int) -> list[oracle.Answer]:
-        inputs = inputs_of(family, [[7]], [(5, 7)], seed)
-        return [ask_oracle(model_of(decoder, "sdpa", seed), family, inputs, K, P, L)[0]]
-
-    seed, (expected,) = with_margin(3, attempt)
+    seed, (expected,) = single(decoder, K, P, L)
     inputs = inputs_of(family, [[7]], [(5, 7)], seed)
     output, run = compressed(model_of(decoder, backend, seed), settings_of(K, P, L), inputs)
     check(expected, output, inputs, run.report)
+
+
+PADDED = [[5, 5], [5], []], [(5, 7), (2, 3), (11, 1)]
+
+
+@cache
+def padded(decoder: str) -> tuple[int, list[oracle.Answer]]:
+    family = DECODERS[decoder][0]
+
+    def attempt(seed: int) -> list[oracle.Answer]:
+        batch, model = inputs_of(family, *PADDED, seed), model_of(decoder, "sdpa", seed)
+        singles = [alone(family, *PADDED, i, batch) for i in (0, 1)]
+        return [ask_oracle(model, family, inputs, 0.7, 0.7)[0] for inputs in singles]
+
+    return with_margin(6, attempt)  # type: ignore[no-any-return]
 
 
 @decoders
 @backends
 def test_a_left_padded_batch_equals_each_sample_alone(decoder: str, backend: str) -> None:
     skip_what_stock_cannot(decoder, backend)
-    family = DECODERS[decoder][0]
-    videos, text = [[5, 5], [5], []], [(5, 7), (2, 3), (11, 1)]
-
-    def attempt(seed: int) -> list[oracle.Answer]:
-        batch, model = inputs_of(family, videos, text, seed), model_of(decoder, "sdpa", seed)
-        singles = [alone(family, videos, text, i, batch) for i in (0, 1)]
-        return [ask_oracle(model, family, inputs, 0.7, 0.7)[0] for inputs in singles]
-
-    seed, answers = with_margin(6, attempt)
-    batch = inputs_of(family, videos, text, seed)
+    seed, answers = padded(decoder)
+    batch = inputs_of(DECODERS[decoder][0], *PADDED, seed)
     output, run = compressed(model_of(decoder, backend, seed), settings_of(0.7, 0.7), batch)
     for i, expected in enumerate(answers):
         check(expected, output, batch, run.report, i)
+
+
+QUESTION = [7, 8, 9, 10]
+
+
+@cache
+def two_turns(decoder: str, K: float, P: float) -> tuple[int, list[oracle.Answer]]:
+    family = DECODERS[decoder][0]
+
+    def attempt(seed: int) -> list[oracle.Answer]:
+        inputs = inputs_of(family, [[7]], [(5, 7)], seed)
+        model = model_of(decoder, "sdpa", seed)
+        first, judge = ask_oracle(model, family, inputs, K, P)
+        judge.text([judge.pending, *QUESTION])
+        return [first, judge.generate(8)]
+
+    return with_margin(7, attempt)  # type: ignore[no-any-return]
 
 
 @decoders
@@ -98,21 +128,13 @@ def test_a_left_padded_batch_equals_each_sample_alone(decoder: str, backend: str
 @ratios
 def test_a_follow_up_turn_equals_the_oracle(decoder: str, backend: str, K: float, P: float) -> None:
     skip_what_stock_cannot(decoder, backend)
-    family, question = DECODERS[decoder][0], [7, 8, 9, 10]
-
-    def attempt(seed: int) -> list[oracle.Answer]:
-        inputs = inputs_of(family, [[7]], [(5, 7)], seed)
-        model = model_of(decoder, "sdpa", seed)
-        first, judge = ask_oracle(model, family, inputs, K, P)
-        judge.text([judge.pending, *question])
-        return [first, judge.generate(8)]
-
-    seed, (first, second) = with_margin(7, attempt)
+    family = DECODERS[decoder][0]
+    seed, (first, second) = two_turns(decoder, K, P)
     inputs = inputs_of(family, [[7]], [(5, 7)], seed)
     model = model_of(decoder, backend, seed)
     with settings_of(K, P)(model) as run:
         out = generate(model, inputs)
-        longer = torch.cat([out.sequences, torch.tensor([question])], dim=1)
+        longer = torch.cat([out.sequences, torch.tensor([QUESTION])], dim=1)
         follow = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
         again = generate(model, follow, past_key_values=out.past_key_values)
     check(first, out, inputs, run.reports[0])

@@ -167,35 +167,51 @@ def alone(family: str, videos: Any, text: Any, sample: int, batch: dict[str, Any
     return inputs
 
 
+PADDED_TEXT = [(5, 7), (2, 3), (11, 1)]
+PADDED = {
+    "unequal text": [[6], [6], [6]],
+    "unequal videos": [[3], [8], [1]],
+    "two videos": [[5, 5], [5], [5, 5]],
+    "some text only": [[6], [], [6]],
+}
+
+
+@cache
+def padded(family: str, kind: str, K: float, P: float) -> tuple[int, list[oracle.Answer]]:
+    """Seed of a batch, and the answers of its samples with video, each asked alone."""
+    videos = PADDED[kind]
+
+    def attempt(seed: int) -> list[oracle.Answer]:
+        batch, model = inputs_of(family, videos, PADDED_TEXT, seed), model_of(family, seed=seed)
+        return [
+            ask_oracle(
+                model,
+                family,
+                alone(family, videos, PADDED_TEXT, i, batch),
+                K,
+                P,
+                videos=counts,
+            )[0]
+            for i, counts in enumerate(videos)
+            if counts
+        ]
+
+    return with_margin(6, attempt)  # type: ignore[no-any-return]
+
+
 @families
 @pytest.mark.parametrize(
     ("backend", "K", "P"), [*((backend, 0.7, 0.7) for backend in BACKENDS), ("sdpa", 0.0, 0.7)]
 )
-@pytest.mark.parametrize("kind", ["unequal text", "unequal videos", "two videos", "some text only"])
+@pytest.mark.parametrize("kind", PADDED)
 def test_a_left_padded_batch_equals_each_sample_alone(
     family: str, backend: str, kind: str, K: float, P: float
 ) -> None:
-    text = [(5, 7), (2, 3), (11, 1)]
-    videos = {
-        "unequal text": [[6], [6], [6]],
-        "unequal videos": [[3], [8], [1]],
-        "two videos": [[5, 5], [5], [5, 5]],
-        "some text only": [[6], [], [6]],
-    }[kind]
+    videos = PADDED[kind]
     if kind == "unequal videos" and not tiny.FAMILIES[family].unequal_videos:
         pytest.skip("the stock model takes one tensor of equally long videos")
-    filled = [i for i, counts in enumerate(videos) if counts]
-
-    def attempt(seed: int) -> list[oracle.Answer]:
-        batch, model = inputs_of(family, videos, text, seed), model_of(family, seed=seed)
-        singles = [alone(family, videos, text, i, batch) for i in filled]
-        return [
-            ask_oracle(model, family, inputs, K, P, videos=videos[i])[0]
-            for i, inputs in zip(filled, singles, strict=True)
-        ]
-
-    seed, answers = with_margin(6, attempt)
-    batch = inputs_of(family, videos, text, seed)
+    seed, answers = padded(family, kind, K, P)
+    batch = inputs_of(family, videos, PADDED_TEXT, seed)
     frames = tiny.FAMILIES[family].frames(videos)
     model = model_of(family, backend, seed)
     output, run = compressed(model, settings_of(K, P), batch, frames=frames)
@@ -205,8 +221,26 @@ def test_a_left_padded_batch_equals_each_sample_alone(
     for i, counts in enumerate(videos):
         assert [v.frames for v in report.samples[i].videos] == counts
         assert bool(report.samples[i].visual_tokens) == bool(counts)
+    filled = [i for i, counts in enumerate(videos) if counts]
     for i, expected in zip(filled, answers, strict=True):
         check(expected, output, batch, report, i)
+
+
+QUESTION = [7, 8, 9, 10]
+
+
+@cache
+def two_turns(family: str, K: float, P: float) -> tuple[int, list[oracle.Answer]]:
+    def attempt(seed: int) -> list[oracle.Answer]:
+        inputs = inputs_of(family, [[7]], [(5, 7)], seed)
+        first, judge = ask_oracle(model_of(family, seed=seed), family, inputs, K, P)
+        judge.text([judge.pending, *QUESTION])
+        before = judge.margins.least
+        second = judge.generate(8)
+        assert second.margins.least <= before  # of both turns
+        return [first, second]
+
+    return with_margin(7, attempt)  # type: ignore[no-any-return]
 
 
 @families
@@ -214,23 +248,12 @@ def test_a_left_padded_batch_equals_each_sample_alone(
 @pytest.mark.parametrize(("K", "P"), RATIOS)
 def test_a_follow_up_turn_equals_the_oracle(family: str, backend: str, K: float, P: float) -> None:
     """The returned cache goes into the next generate, which sees the whole kept video again."""
-    question = [7, 8, 9, 10]
-
-    def attempt(seed: int) -> list[oracle.Answer]:
-        inputs = inputs_of(family, [[7]], [(5, 7)], seed)
-        first, judge = ask_oracle(model_of(family, seed=seed), family, inputs, K, P)
-        judge.text([judge.pending, *question])
-        before = judge.margins.least
-        second = judge.generate(8)
-        assert second.margins.least <= before  # of both turns
-        return [first, second]
-
-    seed, (first, second) = with_margin(7, attempt)
+    seed, (first, second) = two_turns(family, K, P)
     inputs = inputs_of(family, [[7]], [(5, 7)], seed)
     model = model_of(family, backend, seed)
     with settings_of(K, P)(model) as run:
         out = generate(model, inputs)
-        longer = torch.cat([out.sequences, torch.tensor([question])], dim=1)
+        longer = torch.cat([out.sequences, torch.tensor([QUESTION])], dim=1)
         follow = tiny.FAMILIES[family].follow_up(longer)
         again = generate(model, follow, past_key_values=out.past_key_values)
     reports = run.reports
