@@ -198,6 +198,8 @@ def test_several_questions_about_several_videos_at_once(family: str, backend: st
 @families
 def test_answers_and_beams_on_a_repeated_cache(family: str) -> None:
     """As transformers wants it: a cache has one row per beam before generate begins."""
+    if tiny.OLDER and family == "video_llama_3":
+        pytest.skip("this stock release asks for the video again when there are beams")
     model, inputs = model_of(family), inputs_of(family, *ONE)
     ways = {"num_beams": 2, "num_return_sequences": 2}
     whole, _ = compressed(model, DyCoke(), inputs, **ways)

@@ -556,6 +556,10 @@ def gemma4_inputs(
 stamped = functools.partial(qwen_inputs, timestamps=True)
 
 
+# Releases in which generate does not encode the video before the first forward.
+OLDER = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18)
+
+
 @dataclass(frozen=True)
 class Family:
     """A row of the table: how to build a tiny model of the family and inputs for it."""
@@ -573,8 +577,7 @@ class Family:
     @property
     def repeats(self) -> bool:
         """Whether stock generate hands a video on to beams and further answers as it is."""
-        newer = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 18)
-        return not self.name.startswith("glm" if newer else "internvl")
+        return not self.name.startswith("internvl" if OLDER else "glm")
 
     def frames(self, videos: Sequence[Sequence[int]]) -> Any:
         """What a user has to say about the frames of these videos (counts per sample)."""
