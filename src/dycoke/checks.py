@@ -20,6 +20,12 @@ def check_ratio(name: str, value: object) -> float:
     return ratio
 
 
+def check_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Say so where ``value`` is none of the allowed words."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
 def check_count(name: str, value: object, least: int = 1) -> int:
     """Return ``value`` as an int of at least ``least``, or say what is wrong with it."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):

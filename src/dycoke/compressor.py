@@ -10,12 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from dycoke.checks import check_count, check_number, check_ratio
+from dycoke.checks import check_count, check_number, check_one_of, check_ratio
+from dycoke.clip import CLIP, Clip
 from dycoke.engine import Engine, engine_of
 from dycoke.finder import Frames
 from dycoke.merging import merge_mask, merge_mean
@@ -50,24 +51,39 @@ class Run:
 
 
 class Compressor(ABC):
-    """Settings of a method: ``with Method(...)(model) as run: model.generate(...)``."""
+    """Settings of a method: ``with Method(...)(model) as run: model.generate(...)``.
+
+    A method takes part through one or more doors: `merge_tokens` before the LLM, `drop_tokens`
+    inside it at prefill, `select_tokens` at each decode step. What it does not define keeps
+    everything.
+
+    Attributes
+    ----------
+    prune_ratio : share of the visual tokens that a decode step does not attend to; above 0 opens
+        `select_tokens`.
+    prune_layer : the first decoder layer that this holds for.
+    positions : "original" or "compact", see `DyCoke`.
+    needs_vision : whether `merge_tokens` wants the vision encoder's scores and keys.
+    """
 
     prune_ratio: float = 0.0
     prune_layer: int = 1
     positions: str = "original"
+    needs_vision: ClassVar[bool] = False
 
     @property
     @abstractmethod
     def idle(self) -> bool:
         """True where the settings ask for no compression at all."""
 
-    @abstractmethod
-    def merge_tokens(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def merge_tokens(self, features: Tensor, clip: Clip = CLIP) -> tuple[Tensor, Tensor]:
         """Which visual tokens of a video enter the LLM.
 
         Parameters
         ----------
         features : Tensor, shape (F, N, D)
+        clip : Clip
+            What else is known of the video.
 
         Returns
         -------
@@ -75,8 +91,37 @@ class Compressor(ABC):
             What goes on at the places that stay; the input itself where nothing is averaged.
         keep : Tensor, bool, shape (F, N)
         """
+        return features, torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
 
-    @abstractmethod
+    def drop_layer(self, layers: int) -> int | None:
+        """The first decoder layer of ``layers`` that goes on without the tokens that are dropped.
+
+        None, the default, drops nothing inside the LLM.
+        """
+        return None
+
+    def drop_tokens(self, scores: Tensor, states: Tensor, below: float) -> tuple[Tensor, Tensor]:
+        """Which visual tokens of a sample go on at `drop_layer`, once, at prefill.
+
+        Parameters
+        ----------
+        scores : Tensor, shape (V,)
+            Attention of the prompt's last token in the layer below, a mean over heads, to the
+            sample's visual tokens (all its videos, in prompt order).
+        states : Tensor, shape (V, D)
+            Their hidden states as they enter the layer.
+        below : float
+            Share of the decoder's layers that still hold all V tokens.
+
+        Returns
+        -------
+        states : Tensor, shape (V, D)
+            What goes on at the places that stay; the input itself where nothing is averaged.
+        keep : Tensor, bool, shape (V,)
+            At least one where V > 0.
+        """
+        return states, torch.ones_like(scores, dtype=torch.bool)
+
     def select_tokens(self, scores: Tensor, visual: Visual) -> tuple[Tensor, Tensor]:
         """Which visual tokens a decode step attends to.
 
@@ -93,6 +138,7 @@ class Compressor(ABC):
             ``visual.counts[b]`` tokens of each sample.
         refreshed : Tensor, bool, shape (B,)
         """
+        return visual.active, torch.zeros_like(visual.counts, dtype=torch.bool)
 
     def __call__(
         self,
@@ -179,6 +225,11 @@ def remove(model: Any) -> None:
         engine.remove()
 
 
+def check_positions(value: object) -> None:
+    """Refuse anything but the two ways to number kept tokens."""
+    check_one_of("positions", value, ("original", "compact"))
+
+
 @dataclass(frozen=True)
 class DyCoke(Compressor):
     """Dynamic compression of video tokens (https://arxiv.org/abs/2411.15024).
@@ -224,18 +275,14 @@ class DyCoke(Compressor):
         if not 0 <= threshold <= 1:
             raise ValueError(f"refresh_threshold must be in [0, 1], got {threshold!r}")
         set_field(self, "refresh_threshold", threshold)
-        for name, allowed in (("merge", ("keep", "mean")), ("positions", ("original", "compact"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, allowed))}, "
-                    f"got {getattr(self, name)!r}"
-                )
+        check_one_of("merge", self.merge, ("keep", "mean"))
+        check_positions(self.positions)
 
     @property
     def idle(self) -> bool:
         return self.merge_ratio == 0 and self.prune_ratio == 0
 
-    def merge_tokens(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def merge_tokens(self, features: Tensor, clip: Clip = CLIP) -> tuple[Tensor, Tensor]:
         keep = merge_mask(features, self.merge_ratio, self.window)
         if self.merge == "mean":
             features = merge_mean(features, keep, self.window)

@@ -24,6 +24,7 @@ from transformers import DynamicCache
 
 from dycoke.attention import Override, attention_of, native_mask, query_scores
 from dycoke.cache import DycokeCache, Generation, adopt, check_cache, prompt_of
+from dycoke.clip import Clip
 from dycoke.errors import UnsupportedError
 from dycoke.finder import Finder, Frames
 from dycoke.layers import FULL, check_layers, layer_types, plan
@@ -32,7 +33,7 @@ from dycoke.models import Layout, Masks, VideoSpan
 from dycoke.onward import Onward, place
 from dycoke.report import Report
 from dycoke.rows import Visual
-from dycoke.shorten import shorten
+from dycoke.shorten import clips_of, shorten
 from dycoke.tally import IDLE, SampleTrace, Tally, Trace, videos_by_sample
 
 
@@ -48,7 +49,7 @@ class Method(Protocol):
         """True where the settings ask for no compression at all."""
         ...
 
-    def merge_tokens(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def merge_tokens(self, features: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
         """Before the LLM: features (F, N, D) -> features to go on with, keep mask (F, N)."""
         ...
 
@@ -376,7 +377,8 @@ class Engine:
         mask = self._checked_mask(inputs.get("attention_mask"))
         inputs["attention_mask"] = mask
         lead = lead_of(inputs.get("position_ids"), mask, inputs["inputs_embeds"])
-        rows, masks = shorten(inputs, spans, method, cached=cache is not None)
+        clips = clips_of(spans)
+        rows, masks = shorten(inputs, spans, method, cached=cache is not None, clips=clips)
 
         if not self._continues(step, cache, several=False):
             counts = torch.stack([kept.sum() for kept in masks]).tolist()

@@ -35,6 +35,11 @@ class Plan:
     last: int
 
 
+def scaled(layer: int, layers: int) -> int:
+    """A layer index stated for 28 layers, as papers on 7B models do, in a decoder of ``layers``."""
+    return max(1, round(layer * layers / 28))
+
+
 def layer_types(config: Any) -> list[str]:
     """The kind of each layer, as transformers names them; ``config`` is the decoder's."""
     types = getattr(config, "layer_types", None)

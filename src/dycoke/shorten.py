@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dycoke.clip import Clip
 from dycoke.errors import UnsupportedError
 from dycoke.models import VideoSpan
 from dycoke.rows import Arrangement, arrange
@@ -28,11 +29,29 @@ class Merger(Protocol):
     prune_ratio: float
     positions: str
 
-    def merge_tokens(self, features: Tensor) -> tuple[Tensor, Tensor]: ...
+    def merge_tokens(self, features: Tensor, clip: Clip) -> tuple[Tensor, Tensor]: ...
+
+
+def clips_of(spans: Sequence[VideoSpan]) -> list[Clip]:
+    """What each video's method may know of it: the sizes of its sample's videos."""
+    sizes: dict[int, list[int]] = {}
+    places = []
+    for span in spans:
+        videos = sizes.setdefault(span.sample, [])
+        places.append(len(videos))
+        videos.append(span.positions.numel())
+    return [
+        Clip(tokens=tuple(sizes[span.sample]), place=place)
+        for span, place in zip(spans, places, strict=True)
+    ]
 
 
 def shorten(
-    inputs: dict[str, Any], spans: Sequence[VideoSpan], method: Merger, cached: bool
+    inputs: dict[str, Any],
+    spans: Sequence[VideoSpan],
+    method: Merger,
+    cached: bool,
+    clips: Sequence[Clip],
 ) -> tuple[Arrangement, list[Tensor]]:
     """Merge each video's tokens and keep only the rows that stay.
 
@@ -44,6 +63,7 @@ def shorten(
     spans : where the videos are.
     method : what decides.
     cached : whether the decoder will have a cache.
+    clips : what else is known of each video.
 
     Returns
     -------
@@ -56,10 +76,10 @@ def shorten(
     keep = torch.ones(batch, length, dtype=torch.bool, device=device)
     visual = torch.zeros_like(keep)
     masks = []
-    for span in spans:
+    for i, span in enumerate(spans):
         places = span.positions.to(device)
         features = embeds[span.sample, places]
-        merged, kept = method.merge_tokens(features)
+        merged, kept = method.merge_tokens(features, clips[i])
         if merged is not features:
             embeds = embeds.clone() if embeds is inputs["inputs_embeds"] else embeds
             embeds[span.sample, places] = merged

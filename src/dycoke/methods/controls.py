@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dycoke.clip import CLIP, Clip
 from dycoke.compressor import DyCoke
 from dycoke.merging import merge_mask
 
@@ -22,7 +23,7 @@ class RandomTokens(DyCoke):
 
     seed: int = 0
 
-    def merge_tokens(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def merge_tokens(self, features: Tensor, clip: Clip = CLIP) -> tuple[Tensor, Tensor]:
         keep = merge_mask(features, self.merge_ratio, self.window)
         mark = zlib.crc32(features[0, 0].float().cpu().numpy().tobytes(), self.seed)
         order = torch.randperm(keep.numel(), generator=torch.Generator().manual_seed(mark))
@@ -35,7 +36,7 @@ class RandomTokens(DyCoke):
 class FewerFrames(DyCoke):
     """Whole frames, evenly spaced, not more tokens than DyCoke keeps, and at least one frame."""
 
-    def merge_tokens(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def merge_tokens(self, features: Tensor, clip: Clip = CLIP) -> tuple[Tensor, Tensor]:
         keep = merge_mask(features, self.merge_ratio, self.window)
         frames, tokens = keep.shape
         count = max(1, int(keep.sum()) // tokens)

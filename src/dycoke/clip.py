@@ -1,0 +1,57 @@
+"""What a method may know of a video beside its features, and how a budget is shared; pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """One video of a prompt.
+
+    Attributes
+    ----------
+    scores : Tensor, shape (F, N), or None
+        Attention that each token got in the vision encoder, a mean over heads and over the queries
+        of its frame, pooled to tokens; where the method asks for it (`Compressor.needs_vision`).
+    keys : Tensor, shape (F, N, C), or None
+        The tokens' keys there, a mean over heads, pooled alike.
+    tokens : tuple of int
+        Visual tokens of each video of the sample, this one included; () for this one alone.
+    place : int
+        Which of them this is.
+    """
+
+    scores: Tensor | None = None
+    keys: Tensor | None = None
+    tokens: tuple[int, ...] = ()
+    place: int = 0
+
+
+CLIP = Clip()  # nothing more is known
+
+
+def shared(budget: int, tokens: Sequence[int]) -> list[int]:
+    """Share a budget over videos by their tokens, by largest remainder.
+
+    Parameters
+    ----------
+    budget : tokens for all of them; more than there are keeps all.
+    tokens : visual tokens of each video.
+
+    Returns
+    -------
+    list of int: per video, together exactly ``min(budget, sum(tokens))``; among equal remainders
+        the first video comes first.
+    """
+    whole = sum(tokens)
+    budget = min(budget, whole)
+    counts = [budget * n // whole for n in tokens]
+    remainders = [budget * n % whole for n in tokens]
+    order = sorted(range(len(tokens)), key=lambda i: -remainders[i])
+    for i in order[: budget - sum(counts)]:
+        counts[i] += 1
+    return counts
