@@ -135,7 +135,8 @@ class Generation:
     prompt : Tensor, long, (B, prompt_length): its token ids, -1 for padding.
     prompt_length : tokens of the whole prompt at prefill, padding included.
     length : logical tokens so far.
-    plain, pruned : row maps of the layers below `prune_layer` and from there on.
+    plain, pruned : row maps of the layers below `prune_layer` and from there on; where a method
+        drops rows inside the LLM, of the layers below that door and from there on.
     visual : the visual tokens.
     dropped : Tensor, long, (B,): tokens of each prompt that were merged away.
     lead : how positions go on after the prompt.
@@ -162,7 +163,8 @@ class Generation:
 
     @property
     def prunes(self) -> bool:
-        return self.pruned is not self.plain
+        """Whether decode steps attend to a selection; rows that were dropped leave no choice."""
+        return self.pruned.order is not None
 
 
 class DycokeCache(DynamicCache):

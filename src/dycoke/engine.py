@@ -15,7 +15,7 @@ import threading
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +25,7 @@ from transformers import DynamicCache
 from dycoke.attention import Override, attention_of, native_mask, query_scores
 from dycoke.cache import DycokeCache, Generation, adopt, check_cache, prompt_of
 from dycoke.clip import Clip
+from dycoke.drop import door, drop_rows, last_token_scores, shorten_layer
 from dycoke.errors import UnsupportedError
 from dycoke.finder import Finder, Frames
 from dycoke.layers import FULL, check_layers, layer_types, plan
@@ -32,7 +33,7 @@ from dycoke.lead import lead_of
 from dycoke.models import Layout, Masks, VideoSpan
 from dycoke.onward import Onward, place
 from dycoke.report import Report
-from dycoke.rows import Visual
+from dycoke.rows import RowMap, Visual
 from dycoke.shorten import clips_of, shorten
 from dycoke.tally import IDLE, SampleTrace, Tally, Trace, videos_by_sample
 
@@ -53,6 +54,14 @@ class Method(Protocol):
         """Before the LLM: features (F, N, D) -> features to go on with, keep mask (F, N)."""
         ...
 
+    def drop_layer(self, layers: int) -> int | None:
+        """The decoder layer, of so many, that goes on without the dropped tokens, if any."""
+        ...
+
+    def drop_tokens(self, scores: Tensor, states: Tensor, below: float) -> tuple[Tensor, Tensor]:
+        """There, at prefill: attention (V,), states (V, D) -> states to go on with, keep (V,)."""
+        ...
+
     def select_tokens(self, scores: Tensor, visual: Visual) -> tuple[Tensor, Tensor]:
         """At a decode step: attention (B, V) -> active set (B, V), refreshed (B,)."""
         ...
@@ -70,7 +79,10 @@ class Step:
     cache : the cache, where it is one of ours; ``prefill`` says whether it is new.
     attention_mask : the user's, (B, logical length), or None.
     plain_mask : which keys the layers that are not pruned may see, (B, rows), or None.
-    pruned_masks : per device, what the pruned layers hand to their attention function.
+    pruned_masks : per device, what the layers with rows of their own hand to their attention
+        function.
+    scores : attention of each prompt's last token, (B, rows), where a method drops by it.
+    source : rows that were not dropped, (B, rows left), once they are known.
     """
 
     tally: Tally
@@ -83,6 +95,8 @@ class Step:
         self.attention_mask: Tensor | None = None
         self.plain_mask: Tensor | None = None
         self.pruned_masks: dict[torch.device, Any] = {}
+        self.scores: Tensor | None = None
+        self.source: Tensor | None = None
 
     @property
     def decode(self) -> bool:
@@ -145,6 +159,15 @@ class Engine:
         self._onward: Onward | None = None
         self._check_settings()
         self.plan = plan(self.decoder.config, method.prune_layer)
+        vision = getattr(self.base.config, "vision_config", None)
+        levels = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+        # Where tokens leave inside the LLM.
+        self.door = None if method.idle else door(method, self.decoder.config, levels)
+        if self.door is not None and method.prune_ratio > 0:
+            raise UnsupportedError(
+                f"{type(method).__name__} drops tokens inside the LLM and selects while decoding: "
+                "a method does one or the other; use prune_ratio=0"
+            )
 
     def _check_settings(self) -> None:
         method = self.method
@@ -181,6 +204,9 @@ class Engine:
                 self._hook_forward(self.model, self._on_call, None)
             self._hook_forward(self.base, self._on_prompt, self._after_prompt)
             self._hook_forward(self.decoder, self._enter, self._leave)
+            if self.door is not None:
+                for layer in self._layers()[self.door :]:
+                    self._hook_forward(layer, self._enter_layer, None)
             self._onward = Onward(self.model, self.method.idle)
         except BaseException:
             self.remove()
@@ -196,14 +222,22 @@ class Engine:
             )
 
     def _override_attention(self) -> None:
-        """Score in one layer, prune in those above it; other layers are free."""
+        """Score in one layer, other rows in those above it; other layers are free."""
         prunes = self.method.prune_ratio > 0
+        scoring = self.plan.scoring if self.door is None else self.door - 1
         for i, layer in enumerate(self._layers()):
             # A trace wants the scores even where nothing is pruned.
-            if i == self.plan.scoring and (prunes or self.trace):
+            if i == scoring and (prunes or self.door or self.trace):
                 self._overrides.append(Override(attention_of(layer), self._scoring))
-            elif prunes and i in self.plan.pruned:
+            elif i in self._upper:
                 self._overrides.append(Override(attention_of(layer), self._pruning))
+
+    @property
+    def _upper(self) -> Container[int]:
+        """The layers whose rows are not those of the layers below."""
+        if self.door is not None:
+            return range(self.door, len(self._layers()))
+        return self.plan.pruned if self.method.prune_ratio > 0 else ()
 
     def remove(self) -> None:
         """Restore the model completely, between two forwards. Harmless when called twice."""
@@ -380,10 +414,20 @@ class Engine:
         clips = clips_of(spans)
         rows, masks = shorten(inputs, spans, method, cached=cache is not None, clips=clips)
 
+        prunes = rows.pruned is not rows.plain
+        if self.door is not None:
+            # Its own map from the start: what the layers above hold is known once they are reached.
+            rows.pruned = RowMap(rows.plain.index, rows.plain.padded, rows.plain.first)
+            step.plain_mask = rows.plain.key_mask(
+                mask, rows.source.shape[1], rows.source.device, decode=False
+            )
+            step.attention_mask = mask
+        chooses = prunes or self.door is not None
         if not self._continues(step, cache, several=False):
             counts = torch.stack([kept.sum() for kept in masks]).tolist()
             tally = Tally(method.to_dict(), videos_by_sample(spans, counts, batch), rows.visual)
             tally.reason = IDLE if method.idle else None
+            tally.below = None if self.door is None else self.door / len(self._layers())
             if self.trace:
                 tally.trace = Trace([SampleTrace(keep=[]) for _ in range(batch)])
                 for span, kept in zip(spans, masks, strict=True):
@@ -401,10 +445,10 @@ class Engine:
                 dropped=rows.dropped[:, -1],
                 lead=lead,
                 tally=step.tally,
-                refuse_crop=ASSISTED if several and rows.pruned is not rows.plain else None,
-                refuse_below=0 if self.tells or rows.pruned is rows.plain else length,
+                refuse_crop=ASSISTED if several and chooses else None,
+                refuse_below=0 if self.tells or not chooses else length,
             )
-            adopt(cache, generation, self.plan.pruned, len(self._layers()))
+            adopt(cache, generation, self._upper, len(self._layers()))
             inputs["past_key_values"] = cache
             step.cache, step.prefill = cache, True
         if self.masks is not None:
@@ -424,6 +468,11 @@ class Engine:
                 raise UnsupportedError(
                     f"prune_ratio={self.method.prune_ratio} chooses rows of the KV cache, and "
                     "use_cache=False has none; drop use_cache=False, or use prune_ratio=0"
+                )
+            if self.door is not None:
+                raise UnsupportedError(
+                    f"{type(self.method).__name__} would drop other tokens in every step, since "
+                    "use_cache=False reads the whole prompt again; drop use_cache=False"
                 )
             return None
         check_cache(cache)
@@ -508,12 +557,41 @@ class Engine:
         """The layer below the pruned ones: its attention says which tokens they attend to."""
         output = inner(module, *args, **kwargs)
         step = self.step
-        if step is not None and step.cache is not None and step.decode:
-            query, keys = args[0], args[1]
+        if step is not None and step.cache is not None:
+            query, keys, scaling = args[0], args[1], kwargs.get("scaling")
             mask = step.plain_mask
             mask = mask if mask is None else mask.to(query.device)
-            self._select(step.cache, query_scores(query, keys, kwargs.get("scaling"), mask))
+            if step.decode:
+                self._select(step.cache, query_scores(query, keys, scaling, mask))
+            elif step.prefill and self.door is not None:
+                step.scores = last_token_scores(query, keys, scaling, mask)
         return output
+
+    def _enter_layer(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]] | None:
+        """A layer above the door, at prefill: the first drops rows, all go on without them."""
+        step = self.step
+        if step is None or step.cache is None or not step.prefill:
+            return None
+        inputs, generation = dict(_named(module, args, kwargs)), step.cache.generation
+        if step.source is None:
+            assert step.scores is not None and self.door is not None
+            hidden = inputs["hidden_states"]
+            hidden, step.source, rows = drop_rows(
+                self.method,
+                hidden,
+                step.scores,
+                generation.plain,
+                generation.visual,
+                self.door / len(self._layers()),
+            )
+            generation.pruned.become(rows)
+            inputs["hidden_states"] = hidden.gather(
+                1, step.source[..., None].expand(-1, -1, hidden.shape[-1])
+            )
+        shorten_layer(inputs, step.source, generation.plain.index.shape[1])
+        return (), inputs
 
     def _select(self, cache: DycokeCache, attention: Tensor) -> None:
         generation = cache.generation
@@ -532,9 +610,10 @@ class Engine:
             generation.tally.trace.add(visual, scores)
 
     def _pruning(self, inner: Any, module: nn.Module, args: list[Any], kwargs: Any) -> Any:
-        """The pruned layers: the mask must follow their own rows."""
+        """The layers with rows of their own: the mask must follow these."""
         step = self.step
-        if step is not None and step.cache is not None and not step.prefill:
+        own = step is not None and (not step.prefill or step.source is not None)
+        if own and step is not None and step.cache is not None:
             mask = self._pruned_mask(step, step.cache, args[0])
             if len(args) > 3:
                 args[3] = mask
@@ -545,13 +624,16 @@ class Engine:
     def _pruned_mask(self, step: Step, cache: DycokeCache, query: Tensor) -> Any:
         """What the attention function wants as a mask over a pruned layer's rows."""
         if query.device not in step.pruned_masks:
-            rows = cache.generation.pruned
+            generation = cache.generation
+            rows = generation.pruned
             # Rows of prompt and answer, the new ones included: the layers below have them already.
-            total = cache.row_count
+            later = cache.row_count - generation.plain.index.shape[1]
+            total = rows.index.shape[1] + later
             keys = rows.key_mask(step.attention_mask, total, query.device, step.decode)
             length = total - rows.start if step.decode else total
+            new = total if step.prefill else step.length
             step.pruned_masks[query.device] = native_mask(
-                self.implementation, self.decoder.config, query, step.length, length, keys
+                self.implementation, self.decoder.config, query, new, length, keys
             )
         mask = step.pruned_masks[query.device]
         if isinstance(mask, Tensor) and mask.ndim == 4:
@@ -561,8 +643,9 @@ class Engine:
 
 
 ASSISTED = (
-    "assisted and prompt-lookup decoding check several tokens in one forward, which attends to "
-    "everything: with prune_ratio > 0 the answer would differ; use prune_ratio=0, or decode plainly"
+    "assisted and prompt-lookup decoding check several tokens in one forward, by which a method "
+    "would prune or drop others than in plain decoding: with prune_ratio > 0, or tokens dropped "
+    "inside the LLM, the answer would differ; use prune_ratio=0, or decode plainly"
 )
 
 

@@ -71,7 +71,8 @@ class Report(_Readable):
     kv_bytes : bytes of the storages that the cache held after the last forward.
     kv_bytes_full : bytes that a stock cache would have held then.
     decode_steps : forwards after the prefill.
-    retention : kept / visual tokens, over all samples.
+    retention : kept / visual tokens, over all samples; where a method drops tokens inside the
+        LLM, the mean over its layers.
     final_retention : share of the visual tokens that the last layer attends to while decoding.
     """
 
@@ -108,7 +109,7 @@ class Report(_Readable):
         return "\n".join(lines)
 
 
-def share(part: int, whole: int) -> float:
+def share(part: float, whole: int) -> float:
     """part / whole, and 1 where there is nothing to take a part of."""
     return part / whole if whole else 1.0
 

@@ -69,6 +69,11 @@ class RowMap:
             later = attention_mask[:, attention_mask.shape[1] - (length - rows) :]
         return torch.cat([seen[:, start:], later], dim=1)
 
+    def become(self, other: RowMap) -> None:
+        """Take over another map, for all layers that share this one."""
+        self.index, self.padded = other.index, other.padded
+        self.first, self.order = other.first, other.order
+
     def map_batch(self, pick: Callable[[Tensor], Tensor]) -> RowMap:
         """The same map over other rows of the batch (beams, copies)."""
         order = None if self.order is None else pick(self.order)

@@ -15,7 +15,7 @@ from dycoke.models import VideoSpan
 from dycoke.report import Report, SampleReport, VideoReport, share
 from dycoke.rows import Visual
 
-IDLE = "merge_ratio and prune_ratio are 0"
+IDLE = "the settings remove nothing (ratios of 0)"
 
 
 @dataclass(eq=False)
@@ -58,6 +58,7 @@ class Tally:
 
     ``videos`` lists the videos of each row of the batch. ``visual`` is the state that the cache
     holds (None where nothing was touched). ``length`` is the input length of the last forward.
+    ``below`` is the share of layers below the one where tokens were dropped, if any were.
     """
 
     settings: dict[str, Any]
@@ -70,6 +71,7 @@ class Tally:
     kv_bytes_full: int = 0
     length: int = 0
     cache: weakref.ref[Any] | None = None
+    below: float | None = None
     frozen: Report | None = None
 
     def after_forward(self, cache: Any, length: int, decode: bool) -> None:
@@ -94,7 +96,7 @@ class Tally:
         self.visual.refreshes = torch.zeros_like(self.visual.refreshes)
         self.visual.recalled = torch.zeros_like(self.visual.recalled)
         trace = self.trace and Trace([SampleTrace(s.keep) for s in self.trace.samples])
-        return Tally(self.settings, self.videos, self.visual, self.reason, trace)
+        return Tally(self.settings, self.videos, self.visual, self.reason, trace, below=self.below)
 
     def map_batch(self, pick: Callable[[Tensor], Tensor]) -> None:
         """Follow beams and copies of the cache's rows."""
@@ -120,7 +122,7 @@ class Tally:
             state = self.visual
             columns = torch.stack([state.active.sum(1), state.refreshes, state.recalled]).tolist()
         samples = tuple(
-            _sample(videos, active, refreshes, recalled)
+            _sample(videos, active, refreshes, recalled, self.below)
             for videos, active, refreshes, recalled in zip(self.videos, *columns, strict=True)
         )
         visual = sum(s.visual_tokens for s in samples)
@@ -136,14 +138,14 @@ class Tally:
             kv_bytes=self.kv_bytes,
             kv_bytes_full=self.kv_bytes_full,
             decode_steps=self.decode_steps,
-            retention=share(kept, visual),
+            retention=share(_held(kept, active, self.below), visual),
             final_retention=share(active, visual),
             samples=samples,
         )
 
 
 def _sample(
-    videos: Sequence[VideoReport], active: int, refreshes: int, recalled: int
+    videos: Sequence[VideoReport], active: int, refreshes: int, recalled: int, below: float | None
 ) -> SampleReport:
     visual = sum(v.visual_tokens for v in videos)
     kept = sum(v.kept_tokens for v in videos)
@@ -153,11 +155,16 @@ def _sample(
         visual_tokens=visual,
         kept_tokens=kept,
         active_tokens=active,
-        retention=share(kept, visual),
+        retention=share(_held(kept, active, below), visual),
         final_retention=share(active, visual),
         refreshes=refreshes,
         recalled_tokens=recalled,
     )
+
+
+def _held(kept: int, active: int, below: float | None) -> float:
+    """Tokens that a layer holds; the mean over layers where tokens were dropped between them."""
+    return kept if below is None else below * kept + (1 - below) * active
 
 
 def videos_by_sample(

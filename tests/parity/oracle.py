@@ -128,6 +128,13 @@ class Oracle:
         # Layers without keys of their own read those of the last one that has some.
         own = [i for i in full if not getattr(self._layers()[i].self_attn, "is_kv_shared_layer", 0)]
         self.pruned = [i for i in full if min(i, own[-1]) >= L and min(i, own[-1]) > self.scoring]
+        # (layer, choose, mix): choose(attention of visual rows) -> those that go on; mix(their
+        # states, those) -> states to go on with.
+        self.drop = options.get("drop")
+        self.gone: set[int] = set()
+        if self.drop:
+            self.scoring = self.drop[0] - 1
+            self.pruned = list(range(self.drop[0], len(self.kinds)))
 
     def _layers(self) -> Any:
         return self.model.get_decoder().layers
@@ -267,6 +274,10 @@ class Oracle:
                     rotary = decoder.rotary_emb(hidden, positions, kind)
                 elif i == 0:
                     rotary = decoder.rotary_emb(hidden, positions)
+                if self.drop and i == self.drop[0] and self.drop[2]:
+                    visual = [j for j, row in enumerate(self.rows) if row.visual]
+                    left = [v for v, j in enumerate(visual) if j not in self.gone]
+                    hidden[0, visual] = self.drop[2](hidden[0, visual], left)
                 if i == self.scoring:
                     hook = layer.self_attn.register_forward_hook(
                         lambda m, a, out: seen.append(out[1][0, :, -1].mean(0))
@@ -306,7 +317,7 @@ class Oracle:
         for i, row in enumerate(self.rows):
             for j, other in enumerate(self.rows):
                 future = j > i and not (window < n and row.block == other.block >= 0)
-                if future or i - j >= window or (hide and j in row.hidden):
+                if future or i - j >= window or (hide and j in row.hidden | self.gone):
                     mask[i, j] = torch.finfo(hidden.dtype).min
         return mask[None, None]
 
@@ -341,8 +352,15 @@ class Oracle:
             sets.append(set(active))
             self.rows[-1].hidden = set(visual) - active
 
+        def leave(attention: Tensor) -> None:
+            a = attention[visual]
+            left = self.drop[1](a)
+            self.margins.gap(sorted(a.tolist(), reverse=True), len(left))
+            self.gone = {j for v, j in enumerate(visual) if v not in left}
+
         for step in range(new_tokens):
-            logits = self.forward(choose if step and self.P > 0 else None)
+            first = step == 0 and self.drop and not self.gone
+            logits = self.forward(leave if first else choose if step and self.P > 0 else None)
             token = int(logits.argmax())
             ids.append(token)
             all_logits.append(logits)

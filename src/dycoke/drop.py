@@ -1,0 +1,151 @@
+"""The door `drop`: visual tokens that leave inside the LLM, once, at prefill.
+
+Layers below the door hold every row of the shortened prompt, those from it on only what is left.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dycoke.attention import query_scores
+from dycoke.errors import UnsupportedError
+from dycoke.layers import FULL, layer_types
+from dycoke.rows import RowMap, Visual
+
+
+class Dropper(Protocol):
+    """The part of a method that works inside the LLM."""
+
+    def drop_layer(self, layers: int) -> int | None: ...
+
+    def drop_tokens(
+        self, scores: Tensor, states: Tensor, below: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+def door(method: Dropper, config: Any, levels: int) -> int | None:
+    """The first layer without the dropped rows; None where the method drops nothing.
+
+    Parameters
+    ----------
+    config : the decoder's.
+    levels : first layers behind which features are added to visual tokens (deepstack): these need
+        all rows.
+
+    Raises
+    ------
+    UnsupportedError
+        Where the decoder has layers whose rows cannot leave, or too few layers.
+    """
+    types = layer_types(config)
+    layer = method.drop_layer(len(types))
+    if layer is None:
+        return None
+    name = type(method).__name__
+    if set(types) != {FULL} or getattr(config, "num_kv_shared_layers", None):
+        raise UnsupportedError(
+            f"{name} drops tokens inside the LLM, which works where all layers have full attention "
+            f"and keys of their own; this decoder has {', '.join(sorted(set(types)))}: use a "
+            "method that works before the LLM (`dycoke methods`)"
+        )
+    layer = max(layer, levels)
+    if not 1 <= layer < len(types):
+        raise UnsupportedError(
+            f"{name} drops tokens in front of layer {layer}, and the decoder has {len(types)} "
+            "layers: it needs one below and one above"
+        )
+    return layer
+
+
+def last_token_scores(
+    query: Tensor, keys: Tensor, scaling: float | None, key_mask: Tensor | None
+) -> Tensor:
+    """Attention of each prompt's last real token, (B, H, R, D) queries -> (B, R)."""
+    if key_mask is None:
+        newest = query[:, :, -1:]
+    else:
+        last = (key_mask.long() * torch.arange(key_mask.shape[1], device=key_mask.device)).argmax(1)
+        newest = query[torch.arange(len(last), device=query.device), :, last.to(query.device)]
+        newest = newest[:, :, None]
+    return query_scores(newest, keys, scaling, key_mask)
+
+
+def drop_rows(
+    method: Dropper, hidden: Tensor, scores: Tensor, plain: RowMap, visual: Visual, below: float
+) -> tuple[Tensor, Tensor, RowMap]:
+    """Ask the method what leaves, sample by sample.
+
+    Parameters
+    ----------
+    hidden : Tensor, (B, R, D): what enters the layer.
+    scores : Tensor, (B, R): attention of the last token in the layer below.
+    plain : the rows so far.
+    visual : the visual tokens; what stays becomes the active set.
+    below : share of the layers that hold all rows.
+
+    Returns
+    -------
+    hidden : Tensor, (B, R, D): with what the method averaged.
+    source : Tensor, long, (B, R'): the rows that stay, right-aligned.
+    rows : RowMap of the layers from here on.
+    """
+    device = hidden.device
+    scores, states = scores.to(device), hidden
+    stays = plain.index.to(device) >= 0
+    active = torch.zeros_like(visual.valid)
+    for b, valid in enumerate(visual.valid):
+        rows = visual.rows[b][valid].to(device)
+        if not len(rows):
+            continue
+        own = hidden[b, rows]
+        merged, keep = method.drop_tokens(scores[b, rows], own, below)
+        if merged is not own:
+            states = states.clone() if states is hidden else states
+            states[b, rows] = merged
+        stays[b, rows] = keep
+        active[b, valid] = keep.to(active.device)
+    visual.active, visual.counts = active, active.sum(1)
+    lengths = stays.sum(1).tolist()  # the one wait for the device
+    longest = max(lengths)
+    source = stays.byte().sort(dim=1, stable=True).indices[:, -longest:]
+    real = stays.gather(1, source).to(plain.index.device)
+    index = plain.index.gather(1, source.to(plain.index.device))
+    first = [longest - n for n in lengths]
+    upper = RowMap(torch.where(real, index, -1), any(first), first)
+    return states, source, upper
+
+
+def shorten_layer(inputs: dict[str, Any], source: Tensor, rows: int) -> None:
+    """Cut what a decoder layer is handed beside its hidden states, in place.
+
+    ``rows`` is what there was a row for before. Masks are the attention override's business.
+    """
+    for name, value in inputs.items():
+        if name in ("hidden_states", "attention_mask"):
+            continue
+        if name == "position_embeddings":  # cosine and sine, (..., B or 1, R, D)
+            inputs[name] = tuple(_gathered(x, source, x.ndim - 2) for x in value)
+        elif name in ("position_ids", "cache_position") and isinstance(value, Tensor):
+            inputs[name] = _gathered(value, source, value.ndim - 1)
+        elif isinstance(value, Tensor) and rows in value.shape[:2] and value.ndim > 1:
+            raise UnsupportedError(
+                f"decoder layers are handed {name!r}, with a row per token, which DyCoke does not "
+                "know how to shorten; use a method that works before the LLM"
+            )
+
+
+def _gathered(values: Tensor, source: Tensor, dim: int) -> Tensor:
+    """The rows ``source`` (B, R') of ``values``, whose dimension ``dim`` counts rows."""
+    source = source.to(values.device)
+    if dim == 0:  # one for the whole batch, (R,)
+        return values[source[-1]] if len(source) == 1 else values[: source.shape[1]]
+    batch = len(source)
+    shape = list(values.shape)
+    shape[dim - 1] = batch
+    values = values.expand(shape)
+    index = source.view([1] * (dim - 1) + [batch, -1] + [1] * (values.ndim - dim - 1))
+    shape[dim] = source.shape[1]
+    return values.gather(dim, index.expand(shape))
