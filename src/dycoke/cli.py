@@ -194,7 +194,27 @@ def evaluate(
     ] = None,
     prune_ratio: Annotated[float, typer.Option(help="Share that a decode step leaves out.")] = 0.7,
     prune_layer: Annotated[int, typer.Option(help="First decoder layer that is pruned.")] = 3,
+    retentions: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead: methods at these shares of the visual tokens, in percent: 50,25,15,10,5"
+        ),
+    ] = None,
+    names: Annotated[
+        str | None,
+        typer.Option(
+            "--methods",
+            help="With --retentions: names from dycoke methods, or two joined by a +, such as "
+            "visionzip+dycoke [default: all but always]",
+        ),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="With --retentions: draw accuracy over retention here.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Directory of another nano model.")] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes of one thread each; 1 uses this process alone.")
+    ] = 1,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", help="Write results here; unfinished ones are kept beside it."),
@@ -203,10 +223,17 @@ def evaluate(
     """StoryQA: the embedded model's accuracy, full, compressed, and under controls."""
     if split not in ("seen", "unseen"):
         raise BadInput(f"--split must be seen or unseen, got {split!r}")
+    if retentions is None and (names, picture) != (None, None):
+        raise BadInput("--methods and --picture go with --retentions, such as 50,25,15,10,5")
+    if retentions is not None:
+        if settings is not None:
+            raise BadInput(
+                "--settings chooses among the standard lines; with --retentions say --methods"
+            )
+        which = (split, seed, count, model, workers)
+        _over_retention(retentions, names, which, json_file, picture)
+        return
     assistant = _load(model, None, None, own_world=True)
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
     from dycoke.evaluate import storyqa
 
     ratios = (0.3, 0.5, 0.7) if merge_ratio is None else (merge_ratio,)
@@ -216,24 +243,13 @@ def evaluate(
         raise BadInput(str(error)) from None
     if settings is not None:
         wanted = tuple(part.strip() for part in settings.split(",") if part.strip())
-        names = ", ".join(line.name for line in lines)
+        known = ", ".join(line.name for line in lines)
         lines = [line for line in lines if line.name.startswith(wanted)]
         if not lines:
-            raise BadInput(f"no setting begins with {settings!r}; there are {names}")
-    keep = None if json_file is None else json_file.with_name(json_file.name + ".partial")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Bars(*columns, TimeRemainingColumn(), console=err) as bars:
-        tasks = {line.name: bars.add_task(line.name, total=count) for line in lines}
-        scores = storyqa.evaluate(
-            assistant,
-            lines,
-            split,
-            seed,
-            count,
-            keep,
-            model or "nano",
-            lambda name, done: bars.advance(tasks[name], done),
-        )
+            raise BadInput(f"no setting begins with {settings!r}; there are {known}")
+    with _bars() as bars:
+        which = (split, seed, count, model, workers)
+        scores = _answers(assistant, lines, which, json_file, bars)
         from dycoke.evaluate.attention import looking
 
         looked = min(count, LOOKED)
@@ -250,9 +266,87 @@ def evaluate(
     if json_file is not None:
         content = {"stories": count, "seed": seed, "split": split, "results": results}
         content["attention"] = vars(look)
-        json_file.write_text(json.dumps(content, indent=1) + "\n")
-        if keep is not None:
-            keep.unlink(missing_ok=True)
+        _finish(content, json_file)
+
+
+Which = tuple[str, int, int, str | None, int]
+"""Split, first seed, number of stories, the model's folder, processes."""
+
+
+def _bars() -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Left
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, Left(), console=err)
+
+
+def _answers(
+    assistant: Assistant, lines: Any, which: Which, json_file: Path | None, bars: Any
+) -> Any:
+    """Scores under every setting; unfinished ones are kept beside ``json_file``."""
+    from dycoke.evaluate import storyqa
+
+    split, seed, count, model, workers = which
+    task = bars.add_task(f"{len(lines)} settings", total=count * len(lines))
+    return storyqa.evaluate(
+        assistant,
+        lines,
+        split,
+        seed,
+        count,
+        None if json_file is None else _partial(json_file),
+        model or "nano",
+        lambda name, done: bars.update(task, advance=done, description=name),
+        workers,
+    )
+
+
+def _partial(json_file: Path) -> Path:
+    return json_file.with_name(json_file.name + ".partial")
+
+
+def _finish(content: dict[str, Any], json_file: Path) -> None:
+    json_file.write_text(json.dumps(content, indent=1) + "\n")
+    _partial(json_file).unlink(missing_ok=True)
+
+
+def _over_retention(
+    shares: str, names: str | None, which: Which, json_file: Path | None, picture: Path | None
+) -> None:
+    """Every method at the same shares of the visual tokens."""
+    import importlib.util
+
+    from dycoke.evaluate import curves, retention
+
+    if picture is not None and importlib.util.find_spec("matplotlib") is None:
+        raise BadInput("--picture needs matplotlib: pip install 'dycoke[plot]'")
+    try:
+        parts = [float(part) / 100 for part in shares.split(",") if part.strip()]
+    except ValueError:
+        raise BadInput(f"--retentions must be percentages, 50,25,10, got {shares!r}") from None
+    wanted = retention.USUAL
+    if names is not None:
+        wanted = [name.strip() for name in names.split(",") if name.strip()]
+    try:
+        points = retention.points(wanted, parts)
+    except (TypeError, ValueError) as error:
+        raise BadInput(str(error)) from None
+    split, seed, count, model, _ = which
+    assistant = _load(model, None, None, own_world=True)
+    with _bars() as bars:
+        lines = [point.setting for point in points]
+        scores = _answers(assistant, lines, which, json_file, bars)
+    rows = retention.results(points, scores)
+    title = f"StoryQA, {count} {split} stories from seed {seed}, {model or 'nano'}"
+    for table in curves.tables(rows, title):
+        out.print(table)
+    out.print(curves.LEGEND)
+    if picture is not None:
+        curves.picture(rows, title, picture)
+        out.print(f"saved {picture}: accuracy over retention")
+    if json_file is not None:
+        _finish({"stories": count, "seed": seed, "split": split, "results": rows}, json_file)
 
 
 @app.command()

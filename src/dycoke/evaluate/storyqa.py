@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,7 @@ from dycoke.nano import stories
 from dycoke.nano.build import TOKENS_PER_FRAME
 
 VISUAL = stories.FRAMES * TOKENS_PER_FRAME  # tokens of a story; a newline follows
+CHUNK = 16  # stories whose videos are held at once
 BATCH = 32  # prompts at once: more does not pay on two cores
 LONGEST = {"ask": 12, "describe": 64}  # tokens of an answer
 
@@ -71,13 +74,13 @@ class Scores:
     ask: list[Count] = field(default_factory=list)
     describe: list[Count] = field(default_factory=list)
     visual: int = 0
-    kept: int = 0
+    kept: float = 0
     active: int = 0
 
     def count(
-        self, row: Row, text: str, story: stories.Story, tokens: tuple[int, int, int]
+        self, row: Row, text: str, story: stories.Story, tokens: tuple[int, float, int]
     ) -> None:
-        """Take in one answer, and its visual, kept and active tokens."""
+        """Take in one answer, and its visual, kept (a mean over layers) and active tokens."""
         if row.task == "ask":
             right, asked = self.ask[row.story]
             self.ask[row.story] = right + stories.same_answer(text, row.truth), asked + 1
@@ -119,7 +122,7 @@ class StoryQA:
     def __init__(self, assistant: Assistant, split: str, first: int, count: int) -> None:
         self.model, self.processor = assistant.model, assistant.processor
         self.split, self.first, self.count = split, first, count
-        self._features: dict[int, Tensor] = {}
+        self._features: dict[int, tuple[Tensor, Any]] = {}
         # transformers 5.17 takes pixels only, and encodes them again for every prompt.
         self._takes_features = (
             "mm_encoder_outputs" in inspect.signature(self.model.forward).parameters
@@ -128,27 +131,40 @@ class StoryQA:
     def run(
         self,
         compressor: Compressor | None,
-        chunk: int = 16,
+        chunk: int = CHUNK,
         start: int = 0,
+        stop: int | None = None,
     ) -> Iterator[Scores]:
-        """Scores of ``chunk`` stories at a time, from story ``start`` on."""
-        for begin in range(start, self.count, chunk):
-            seeds = range(self.first + begin, self.first + min(begin + chunk, self.count))
+        """Scores of ``chunk`` stories at a time, from story ``start`` on, up to ``stop``."""
+        stop = self.count if stop is None else stop
+        for begin in range(start, stop, chunk):
+            seeds = range(self.first + begin, self.first + min(begin + chunk, stop))
             told = [stories.make(self.split, seed) for seed in seeds]  # type: ignore[arg-type]
             yield self._score(told, compressor)
 
     @torch.inference_mode()
     def _score(self, told: Sequence[stories.Story], compressor: Compressor | None) -> Scores:
         scores = Scores([(0, 0)] * len(told), [(0, 0)] * len(told))
+        wants = compressor is not None and compressor.needs_vision
+        layers = self.model.config.get_text_config().num_hidden_layers
+        # A method that drops by the prompt's last token has to read the question first.
+        whole = compressor is not None and compressor.drop_layer(layers) is not None
         with nullcontext() if compressor is None else compressor(self.model) as run:
-            watched = self._watch(told)
+            watched = None if whole else self._watch(told, wants)
             for rows, ids in self._batches(told):
-                texts = self._answer(watched, [row.story for row in rows], ids, rows[0].task)
-                if run is None or run.report is None:
-                    counts = [(VISUAL, VISUAL, VISUAL)] * len(rows)
+                places = [row.story for row in rows]
+                if watched is None:
+                    videos = self._videos([told[i] for i in places], wants)
+                    texts = self._generate(ids, rows[0].task, **videos)
                 else:
-                    samples = run.report.samples
-                    counts = [(s.visual_tokens, s.kept_tokens, s.active_tokens) for s in samples]
+                    texts = self._answer(watched, places, ids, rows[0].task)
+                if run is None or run.report is None:
+                    counts: list[tuple[int, float, int]] = [(VISUAL, VISUAL, VISUAL)] * len(rows)
+                else:
+                    counts = [
+                        (s.visual_tokens, s.retention * s.visual_tokens, s.active_tokens)
+                        for s in run.report.samples
+                    ]
                 for row, text, count in zip(rows, texts, counts, strict=True):
                     scores.count(row, text, told[row.story], count)
         return scores
@@ -166,33 +182,44 @@ class StoryQA:
                     ids_ = torch.tensor([ids for _, ids in batch], device=self.model.device)
                     yield [row for row, _ in batch], ids_
 
-    def _encode(self, story: stories.Story) -> Tensor:
-        """What the model takes of a story, made once for all settings: features, or pixels."""
-        if story.seed not in self._features:
-            pixels = self.processor.video_processor([stories.render(story)], return_tensors="pt")
-            ready = pixels["pixel_values_videos"].to(self.model.device, self.model.dtype)
-            if self._takes_features:
-                ready = self.model.model.get_video_features(ready, return_dict=True).pooler_output
-            self._features[story.seed] = ready[0]
-        return self._features[story.seed]
+    def _encode(self, story: stories.Story, wants: bool = False) -> tuple[Tensor, Any]:
+        """What the model takes of a story, made once for all settings: features, or pixels.
 
-    def _watch(self, told: Sequence[stories.Story]) -> Any:
+        Beside them the vision encoder's scores and keys, where the method ``wants`` them: it must
+        be on the model then.
+        """
+        known = self._features.get(story.seed)
+        if known is None or (wants and known[1] is None):
+            pixels = self.processor.video_processor([stories.render(story)], return_tensors="pt")
+            ready, vision = pixels["pixel_values_videos"].to(self.model.device), None
+            ready = ready.to(self.model.dtype)
+            if self._takes_features:
+                output = self.model.model.get_video_features(ready, return_dict=True)
+                ready, vision = output.pooler_output, getattr(output, "vision", None)
+            known = self._features[story.seed] = ready[0], vision and vision[0]
+        return known
+
+    def _videos(self, told: Sequence[stories.Story], wants: bool) -> dict[str, Any]:
+        """The videos of a batch, as its model takes them."""
+        videos, vision = zip(*(self._encode(story, wants) for story in told), strict=True)
+        if not self._takes_features:
+            return {"pixel_values_videos": torch.stack(videos)}
+        output = BaseModelOutputWithPooling(pooler_output=torch.stack(videos))
+        if wants:
+            output.vision = list(vision)
+        return {"mm_encoder_outputs": {"video": output}}
+
+    def _watch(self, told: Sequence[stories.Story], wants: bool = False) -> Any:
         """The cache after what all prompts begin with: the video."""
-        videos = torch.stack([self._encode(story) for story in told])
         ids = self._ids([""])[0]
         end = len(ids) - ids[::-1].index(self.model.config.video_token_id)
-        inputs: dict[str, Any] = (
-            {"mm_encoder_outputs": {"video": BaseModelOutputWithPooling(pooler_output=videos)}}
-            if self._takes_features
-            else {"pixel_values_videos": videos}
-        )
         prefix = torch.tensor(ids[:end], device=self.model.device).expand(len(told), -1)
         output = self.model(
             input_ids=prefix,
             attention_mask=torch.ones_like(prefix),
             use_cache=True,
             logits_to_keep=1,
-            **inputs,
+            **self._videos(told, wants),
         )
         return output.past_key_values
 
@@ -200,12 +227,15 @@ class StoryQA:
         """Greedy answers to prompts about the stories at ``places`` of what was watched."""
         cache = copy.deepcopy(watched)
         cache.batch_select_indices(torch.tensor(places, device=ids.device))
+        return self._generate(ids, task, past_key_values=cache)
+
+    def _generate(self, ids: Tensor, task: str, **more: Any) -> list[str]:
         output = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
             max_new_tokens=LONGEST[task],
             do_sample=False,
+            **more,
         )
         texts: list[str] = self.processor.tokenizer.batch_decode(
             output[:, ids.shape[1] :], skip_special_tokens=True
@@ -266,6 +296,7 @@ def evaluate(
     keep: Path | None = None,
     model: str = "nano",
     on_chunk: Callable[[str, int], None] | None = None,
+    workers: int = 1,
 ) -> dict[str, Scores]:
     """Run StoryQA under every setting.
 
@@ -274,20 +305,73 @@ def evaluate(
     keep : file that holds finished stories; an evaluation of the same stories goes on from it.
     model : name of the model, so that the file is not mixed up with another one's.
     on_chunk : called with a setting's name and the number of stories finished now.
+    workers : processes of one thread each, which pays for small models on a CPU; 1 stays here.
     """
     key = {"split": split, "seed": seed, "stories": count, "model": model}
     progress = Progress(keep, key)
-    task = StoryQA(assistant, split, seed, count)
+    tell = on_chunk or (lambda *_: None)
+    jobs = []
     for line in lines:
-        scores = progress.of(line.name)
-        if on_chunk is not None:
-            on_chunk(line.name, len(scores.ask))
-        for part in task.run(line.compressor, start=len(scores.ask)):
-            scores.add(part)
+        done = len(progress.of(line.name).ask)
+        tell(line.name, done)
+        jobs += [(line, begin, min(begin + CHUNK, count)) for begin in range(done, count, CHUNK)]
+    with Crew(assistant, (split, seed, count), workers) as crew:
+        # In their order, so that a file always holds the first stories of a setting.
+        for (line, begin, end), part in zip(jobs, crew.run(jobs), strict=True):
+            progress.of(line.name).add(part)
             progress.save()
-            if on_chunk is not None:
-                on_chunk(line.name, len(part.ask))
+            tell(line.name, end - begin)
     return progress.scores
+
+
+Job = tuple[Setting, int, int]
+
+
+class Crew:
+    """Runs jobs, stories ``begin`` to ``end`` under a setting each, here or in processes."""
+
+    def __init__(self, assistant: Assistant, which: tuple[str, int, int], workers: int) -> None:
+        self.task = StoryQA(assistant, *which)
+        self.pool: ProcessPoolExecutor | None = None
+        if workers > 1:
+            self.pool = ProcessPoolExecutor(
+                workers,
+                mp_context=multiprocessing.get_context("spawn"),  # torch's threads do not fork
+                initializer=_join,
+                initargs=(assistant.model, assistant.processor, which),
+            )
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Scores]:
+        if self.pool is None:
+            return (_scores(self.task, job) for job in jobs)
+        return self.pool.map(_work, jobs)
+
+
+_TASK: StoryQA | None = None  # a worker process's own
+
+
+def _join(model: Any, processor: Any, which: tuple[str, int, int]) -> None:
+    global _TASK
+    torch.set_num_threads(1)
+    _TASK = StoryQA(Assistant(model, processor), *which)
+
+
+def _work(job: Job) -> Scores:
+    assert _TASK is not None
+    return _scores(_TASK, job)
+
+
+def _scores(task: StoryQA, job: Job) -> Scores:
+    line, begin, end = job
+    (scores,) = task.run(line.compressor, end - begin, begin, end)
+    return scores
 
 
 def results(lines: Sequence[Setting], scores: dict[str, Scores]) -> list[dict[str, Any]]:

@@ -1,0 +1,156 @@
+"""Accuracy against retention: every method at the same shares of the visual tokens, twice.
+
+At equal *kept* tokens methods hold and prefill as many; at equal *attended* tokens a decode step
+reads as many. A one-shot method keeps what it attends to, and is the same in both; a method with a
+dynamic cache keeps more than it attends to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dycoke import methods
+from dycoke.compressor import DyCoke
+from dycoke.evaluate.stats import Count, paired_difference, wilson
+from dycoke.evaluate.storyqa import Scores, Setting
+from dycoke.methods.composed import Composed
+from dycoke.nano.build import TOKENS_PER_FRAME
+
+RETENTIONS = (0.5, 0.25, 0.15, 0.1, 0.05)
+BASES = ("kept", "attended")
+TASKS = ("ask", "describe")
+PRUNE_RATIO = 0.7  # of a dynamic cache
+USUAL = [name for name in methods.METHODS if name != "always"]
+# Methods whose decode steps attend to a selection, and how it is refreshed.
+DYNAMIC = {"dycoke": DyCoke.refresh_threshold, "once": 0.0, "always": 1.0}
+# A share may be missed by a token per frame, by rounding.
+ROUNDING = 1 / TOKENS_PER_FRAME + 1e-9
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one share of the tokens.
+
+    Attributes
+    ----------
+    method : its name; ``"visionzip + dycoke"`` for one composed with a dynamic cache.
+    retention : the share asked for.
+    bases : what the share is of, "kept" or "attended" tokens; both for a one-shot method.
+    setting : what runs.
+    """
+
+    method: str
+    retention: float
+    bases: tuple[str, ...]
+    setting: Setting
+
+
+def points(names: Sequence[str], retentions: Sequence[float] = RETENTIONS) -> list[Point]:
+    """What to run for these methods.
+
+    Parameters
+    ----------
+    names : of `dycoke.methods`; two joined by "+" are a one-shot method and a dynamic cache.
+    retentions : shares in (0, 1).
+
+    Raises
+    ------
+    ValueError
+        For unknown names and shares out of range.
+    """
+    for share in retentions:
+        if not 0 < share < 1:
+            raise ValueError(f"retentions must be in (0, 1), got {share!r}")
+    found = [Point("full", 1.0, BASES, Setting("full", "full", None))]
+    for name in names:
+        if name == "full":
+            continue
+        for share in retentions:
+            found += _points(name, share)
+    return found
+
+
+def _points(name: str, share: float) -> list[Point]:
+    before, _, after = (part.strip() for part in name.partition("+"))
+    if after:
+        first, threshold = methods.create(before, 1 - share), _threshold(after)
+        if first is None:
+            raise ValueError(f"{name!r}: nothing is composed with the full model")
+        cache = DyCoke(merge_ratio=0, prune_ratio=PRUNE_RATIO, refresh_threshold=threshold)
+        return [_point(f"{before} + {after}", share, ("kept",), Composed(first, cache))]
+    if name not in DYNAMIC:
+        return [_point(name, share, BASES, methods.create(name, 1 - share))]
+    threshold = _threshold(name)
+    kept = DyCoke(token_budget=share, prune_ratio=PRUNE_RATIO, refresh_threshold=threshold)
+    # METHOD.md: up to a share of .3 the tokens that are kept shrink, above it all are kept.
+    attended = (
+        DyCoke(
+            token_budget=share / (1 - PRUNE_RATIO),
+            prune_ratio=PRUNE_RATIO,
+            refresh_threshold=threshold,
+        )
+        if share <= 1 - PRUNE_RATIO
+        else DyCoke(merge_ratio=0, prune_ratio=1 - share, refresh_threshold=threshold)
+    )
+    return [
+        _point(name, share, ("kept",), kept),
+        _point(name, share, ("attended",), attended),
+    ]
+
+
+def _threshold(name: str) -> float:
+    if name not in DYNAMIC:
+        raise ValueError(f"{name!r} has no dynamic cache; {', '.join(DYNAMIC)} have one")
+    return DYNAMIC[name]
+
+
+def _point(name: str, share: float, bases: tuple[str, ...], compressor: Any) -> Point:
+    of = "" if bases == BASES else f" {bases[0]}"
+    return Point(name, share, bases, Setting(f"{name} {share:.4g}{of}", name, compressor))
+
+
+def results(points: Sequence[Point], scores: dict[str, Scores]) -> list[dict[str, Any]]:
+    """One dictionary per point, ready for JSON.
+
+    ``to_full`` and, for the same share on the same basis, ``to_dycoke`` are paired differences
+    with story-clustered bootstrap intervals, the latter per basis. ``reached`` is False where a
+    method cannot keep as few tokens as asked for.
+    """
+    rival = {
+        (basis, point.retention): scores[point.setting.name]
+        for point in points
+        for basis in point.bases
+        if point.method == "dycoke"
+    }
+    rows = []
+    for point in points:
+        mine = scores[point.setting.name]
+        kept, attended = mine.kept / mine.visual, mine.active / mine.visual
+        shares = {"kept": kept, "attended": attended}
+        row: dict[str, Any] = {
+            "method": point.method,
+            "asked": point.retention,
+            "bases": list(point.bases),
+            "settings": point.setting.settings,
+            "retention": kept,
+            "final_retention": attended,
+            "reached": all(shares[b] <= point.retention + ROUNDING for b in point.bases[:1]),
+        }
+        for task in TASKS:
+            counts: list[Count] = getattr(mine, task)
+            correct, n = (sum(column) for column in zip(*counts, strict=True))
+            low, high = wilson(correct, n)
+            row[task] = {"n": n, "correct": correct, "low": low, "high": high}
+            if point.method != "full" and "full" in scores:
+                row[task]["to_full"] = paired_difference(counts, getattr(scores["full"], task))
+            against = {
+                basis: paired_difference(counts, getattr(rival[basis, point.retention], task))
+                for basis in point.bases
+                if (basis, point.retention) in rival and point.method != "dycoke"
+            }
+            if against:
+                row[task]["to_dycoke"] = against
+        rows.append(row)
+    return rows
