@@ -8,6 +8,10 @@ from typing import Any
 
 from dycoke.compressor import Compressor, DyCoke
 from dycoke.methods.controls import FewerFrames, RandomTokens
+from dycoke.methods.fastv import FastV
+from dycoke.methods.prumerge import LLaVAPruMerge
+from dycoke.methods.vidcom2 import VidCom2
+from dycoke.methods.visionzip import VisionZip
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,18 @@ METHODS: dict[str, Method] = {
             "control: DyCoke that selects anew in every step",
             _merging(DyCoke, refresh_threshold=1),
         ),
+        Method("fastv", "after an early layer, what the prompt's end attends to", FastV),
+        Method(
+            "prumerge",
+            "what the vision encoder attends to, with its neighbours (adapted to video)",
+            LLaVAPruMerge,
+        ),
+        Method(
+            "visionzip",
+            "what the vision encoder attends to, and means of the others",
+            VisionZip,
+        ),
+        Method("vidcom2", "what is least like the means of its video and frame", VidCom2),
     )
 }
 
