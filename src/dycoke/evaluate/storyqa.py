@@ -338,7 +338,8 @@ class Crew:
                 workers,
                 mp_context=multiprocessing.get_context("spawn"),  # torch's threads do not fork
                 initializer=_join,
-                initargs=(assistant.model, assistant.processor, which),
+                # A model itself does not survive pickling: transformers forgets its hooks.
+                initargs=(assistant.model.name_or_path, assistant.model.dtype, which),
             )
 
     def __enter__(self) -> Crew:
@@ -357,10 +358,10 @@ class Crew:
 _TASK: StoryQA | None = None  # a worker process's own
 
 
-def _join(model: Any, processor: Any, which: tuple[str, int, int]) -> None:
+def _join(folder: str, dtype: torch.dtype, which: tuple[str, int, int]) -> None:
     global _TASK
     torch.set_num_threads(1)
-    _TASK = StoryQA(Assistant(model, processor), *which)
+    _TASK = StoryQA(Assistant.load(folder, "cpu", dtype), *which)
 
 
 def _work(job: Job) -> Scores:
