@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -42,7 +43,8 @@ class Composed(Compressor):
             )
         if self.before.prune_ratio or self.before.drop_layer(28) is not None:
             raise ValueError(
-                f"{self.before} works inside the LLM, too; compose methods that stop before it"
+                f"{self.before} goes on inside the LLM or while decoding; compose methods that "
+                "stop before it"
             )
         set_field = object.__setattr__
         set_field(self, "prune_ratio", self.after.prune_ratio)
@@ -63,3 +65,17 @@ class Composed(Compressor):
     def to_dict(self) -> dict[str, Any]:
         before = {"method": type(self.before).__name__, **self.before.to_dict()}
         return {"before": before, "after": self.after.to_dict()}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        before = dict(settings["before"])
+        name, known = before.pop("method", None), {c.__name__: c for c in _kinds(Compressor)}
+        if name not in known:
+            raise ValueError(f"unknown method {name!r}; there are {', '.join(sorted(known))}")
+        return cls(known[name].from_dict(before), DyCoke.from_dict(settings["after"]))
+
+
+def _kinds(base: type[Compressor]) -> Iterator[type[Compressor]]:
+    for kind in base.__subclasses__():
+        yield kind
+        yield from _kinds(kind)
