@@ -16,7 +16,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from dycoke.report import Report
 from dycoke.rows import Visual
 from dycoke.shorten import clips_of, shorten
 from dycoke.tally import IDLE, SampleTrace, Tally, Trace, videos_by_sample
+from dycoke.vision import Vision
 
 
 class Method(Protocol):
@@ -43,6 +44,7 @@ class Method(Protocol):
     prune_ratio: float
     prune_layer: int
     positions: str
+    needs_vision: ClassVar[bool]
 
     @property
     def idle(self) -> bool:
@@ -145,6 +147,9 @@ class Engine:
         self._onward: Onward | None = None
         self._check_settings()
         self.plan = plan(self.decoder.config, method.prune_layer)
+        self.vision: Vision | None = None
+        if method.needs_vision and (trace or not method.idle):
+            self.vision = Vision(model, self.finder.family, self.finder.kinds)
 
     def _check_settings(self) -> None:
         method = self.method
@@ -177,6 +182,8 @@ class Engine:
             _ENGAGED[self.decoder] = weakref.ref(self)
         try:
             self._override_attention()
+            if self.vision is not None:
+                self.vision.install(self._hook_forward)
             if self.model is not self.base:
                 self._hook_forward(self.model, self._on_call, None)
             self._hook_forward(self.base, self._on_prompt, self._after_prompt)
@@ -214,6 +221,8 @@ class Engine:
             override.restore()
         if self._onward is not None:
             self._onward.restore()
+        if self.vision is not None:
+            self.vision.restore()
         self._hooks, self._overrides, self._onward = [], [], None
         if engine_of(self.model) is self:
             del _ENGAGED[self.decoder]
@@ -377,7 +386,9 @@ class Engine:
         mask = self._checked_mask(inputs.get("attention_mask"))
         inputs["attention_mask"] = mask
         lead = lead_of(inputs.get("position_ids"), mask, inputs["inputs_embeds"])
-        clips = clips_of(spans)
+        device = inputs["inputs_embeds"].device
+        seen = None if self.vision is None else self.vision.take(spans, device)
+        clips = clips_of(spans, seen)
         rows, masks = shorten(inputs, spans, method, cached=cache is not None, clips=clips)
 
         if not self._continues(step, cache, several=False):
