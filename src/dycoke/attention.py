@@ -1,6 +1,6 @@
 """A reversible override of one attention module, and the scores of one query.
 
-The global attention mapping of transformers is not touched but for one new key. A module is
+The global attention mapping of transformers is not touched but for new keys. A module is
 overridden by giving it its own shallow copy of its config that names this key: its siblings, other
 models and the code that builds masks keep theirs.
 """
@@ -35,11 +35,13 @@ class Override:
         self.module, self.handler = module, handler
         self.config = module.config
         self.inner = _inner_function(module)
-        if KEY not in ALL_ATTENTION_FUNCTIONS:
+        # Some modules look for "flash" in the name before they pack what they hand over.
+        key = f"{KEY}_flash" if "flash" in str(self.config._attn_implementation) else KEY
+        if key not in ALL_ATTENTION_FUNCTIONS:
             eagerly: Any = torch.compiler.disable  # a compiled model calls it as it is
-            AttentionInterface.register(KEY, eagerly(_dispatch))
+            AttentionInterface.register(key, eagerly(_dispatch))
         config = copy.copy(self.config)
-        config._attn_implementation_internal = KEY
+        config._attn_implementation_internal = key
         config.dycoke_override = self
         module.config = config
 

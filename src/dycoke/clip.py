@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+Seen = tuple[Tensor, Tensor]
+"""What the vision encoder's attention says of a video: scores (F, N) and keys (F, N, C)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,8 +21,10 @@ class Clip:
     scores : Tensor, shape (F, N), or None
         Attention that each token got in the vision encoder, a mean over heads and over the queries
         of its frame, pooled to tokens; where the method asks for it (`Compressor.needs_vision`).
+        Where the encoder has a class token, the attention of that token alone.
     keys : Tensor, shape (F, N, C), or None
-        The tokens' keys there, a mean over heads, pooled alike.
+        The tokens' keys there as the attention takes them (after RoPE), a mean over heads, pooled
+        alike.
     tokens : tuple of int
         Visual tokens of each video of the sample, this one included; () for this one alone.
     place : int
@@ -32,6 +38,18 @@ class Clip:
 
 
 CLIP = Clip()  # nothing more is known
+
+
+def joined(parts: Sequence[Seen], frames: Sequence[int]) -> list[Seen]:
+    """Cut what is known of frames anew: ``frames[i]`` for video i, in order."""
+    scores = [frame for part, _ in parts for frame in part]
+    keys = [frame for _, part in parts for frame in part]
+    videos, start = [], 0
+    for count in frames:
+        own = slice(start, start + count)
+        videos.append((torch.stack(scores[own]), torch.stack(keys[own])))
+        start += count
+    return videos
 
 
 def shared(budget: int, tokens: Sequence[int]) -> list[int]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dycoke.checks import check_count
+from dycoke.clip import Seen, joined
 
 NAME = "get_video_features"
 
@@ -70,11 +71,23 @@ def _in_chunks(inner: Callable[..., Any], most: int) -> Callable[..., Any]:
         grids = inputs.get("video_grid_thw")
         if not isinstance(pixels, Tensor) or inputs.get("return_dict") is False:
             return inner(*args, **kwargs)
+        seen: list[Seen] = []
+
+        def part(**chunk: Any) -> Any:
+            output = inner(**chunk)
+            seen.extend(getattr(output, "vision", []))
+            return output
+
         if grids is not None and pixels.ndim == 2 and max(grids[:, 0]) > most:
-            return _packed(inner, inputs, str(name), most)
-        if grids is None and pixels.ndim == 5 and pixels.shape[1] > most:
-            return _stacked(inner, inputs, str(name), most)
-        return inner(*args, **kwargs)
+            output, counts = _packed(part, inputs, str(name), most), grids[:, 0].tolist()
+        elif grids is None and pixels.ndim == 5 and pixels.shape[1] > most:
+            output = _stacked(part, inputs, str(name), most)
+            counts = [pixels.shape[1]] * len(pixels)
+        else:
+            return inner(*args, **kwargs)
+        if seen:  # what a method asked for (`vision.py`)
+            output.vision = joined(seen, counts)
+        return output
 
     return encode
 

@@ -15,92 +15,33 @@ import threading
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Container, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from dycoke.attention import Override, attention_of, native_mask, query_scores
 from dycoke.cache import DycokeCache, Generation, adopt, check_cache, prompt_of
-from dycoke.clip import Clip
-from dycoke.drop import door, drop_rows, last_token_scores, shorten_layer
 from dycoke.errors import UnsupportedError
 from dycoke.finder import Finder, Frames
-from dycoke.layers import FULL, check_layers, layer_types, plan
+from dycoke.inside import Inside, Step, Within, named
+from dycoke.layers import FULL, check_layers, layer_types
 from dycoke.lead import lead_of
 from dycoke.models import Layout, Masks, VideoSpan
 from dycoke.onward import Onward, place
 from dycoke.report import Report
-from dycoke.rows import RowMap, Visual
-from dycoke.shorten import clips_of, shorten
+from dycoke.rows import RowMap
+from dycoke.shorten import Merger, clips_of, shorten
 from dycoke.tally import IDLE, SampleTrace, Tally, Trace, videos_by_sample
+from dycoke.vision import Vision
 
 
-class Method(Protocol):
+class Method(Merger, Within, Protocol):
     """The doors of a method, and the settings that the engine itself needs."""
 
-    prune_ratio: float
-    prune_layer: int
-    positions: str
-
-    @property
-    def idle(self) -> bool:
-        """True where the settings ask for no compression at all."""
-        ...
-
-    def merge_tokens(self, features: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
-        """Before the LLM: features (F, N, D) -> features to go on with, keep mask (F, N)."""
-        ...
-
-    def drop_layer(self, layers: int) -> int | None:
-        """The decoder layer, of so many, that goes on without the dropped tokens, if any."""
-        ...
-
-    def drop_tokens(self, scores: Tensor, states: Tensor, below: float) -> tuple[Tensor, Tensor]:
-        """There, at prefill: attention (V,), states (V, D) -> states to go on with, keep (V,)."""
-        ...
-
-    def select_tokens(self, scores: Tensor, visual: Visual) -> tuple[Tensor, Tensor]:
-        """At a decode step: attention (B, V) -> active set (B, V), refreshed (B,)."""
-        ...
+    needs_vision: ClassVar[bool]
 
     def to_dict(self) -> dict[str, Any]: ...
-
-
-class Step:
-    """One forward of the decoder.
-
-    Attributes
-    ----------
-    length : tokens that come in, before any are dropped.
-    tally : where it is counted; ``counts`` says whether as a decode step.
-    cache : the cache, where it is one of ours; ``prefill`` says whether it is new.
-    attention_mask : the user's, (B, logical length), or None.
-    plain_mask : which keys the layers that are not pruned may see, (B, rows), or None.
-    pruned_masks : per device, what the layers with rows of their own hand to their attention
-        function.
-    scores : attention of each prompt's last token, (B, rows), where a method drops by it.
-    source : rows that were not dropped, (B, rows left), once they are known.
-    """
-
-    tally: Tally
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.counts = False
-        self.cache: DycokeCache | None = None
-        self.prefill = False
-        self.attention_mask: Tensor | None = None
-        self.plain_mask: Tensor | None = None
-        self.pruned_masks: dict[torch.device, Any] = {}
-        self.scores: Tensor | None = None
-        self.source: Tensor | None = None
-
-    @property
-    def decode(self) -> bool:
-        return self.length == 1 and not self.prefill
 
 
 class _Untouched(Exception):
@@ -148,26 +89,17 @@ class Engine:
         # base model is not what generate runs.
         known = inspect.signature(model.forward).parameters
         self.tells = model is self.base or "logits_to_keep" in known
-        self.implementation = self.decoder.config._attn_implementation
         self.tallies: deque[Tally] = deque(maxlen=100)
-        self.step: Step | None = None
         self._local = threading.local()
         self._turn = threading.Lock()
         self._owner: int | None = None
         self._hooks: list[Any] = []
-        self._overrides: list[Override] = []
         self._onward: Onward | None = None
         self._check_settings()
-        self.plan = plan(self.decoder.config, method.prune_layer)
-        vision = getattr(self.base.config, "vision_config", None)
-        levels = len(getattr(vision, "deepstack_visual_indexes", None) or ())
-        # Where tokens leave inside the LLM.
-        self.door = None if method.idle else door(method, self.decoder.config, levels)
-        if self.door is not None and method.prune_ratio > 0:
-            raise UnsupportedError(
-                f"{type(method).__name__} drops tokens inside the LLM and selects while decoding: "
-                "a method does one or the other; use prune_ratio=0"
-            )
+        self.inside = Inside(self.decoder, method, self._levels(), trace)
+        self.vision: Vision | None = None
+        if method.needs_vision and (trace or not method.idle):
+            self.vision = Vision(model, self.finder.family, self.finder.kinds)
 
     def _check_settings(self) -> None:
         method = self.method
@@ -176,7 +108,7 @@ class Engine:
                 f"positions='compact' renumbers 1-D positions, and {self.base.config.model_type} "
                 "has 3-D ones; use positions='original'"
             )
-        if self.implementation == "flex_attention":
+        if self.decoder.config._attn_implementation == "flex_attention":
             raise UnsupportedError(
                 "FlexAttention's block masks cannot follow rows that move; load the model with "
                 'attn_implementation="sdpa" (or flash_attention_2, eager)'
@@ -184,9 +116,10 @@ class Engine:
         if not method.idle:  # plain generation may do whatever it can
             check_layers(self.decoder.config, method.prune_layer, method.prune_ratio > 0)
 
-    def _layers(self) -> Sequence[nn.Module]:
-        layers: Sequence[nn.Module] = self.decoder.layers
-        return layers
+    def _levels(self) -> int:
+        """Layers behind which the family adds features to visual tokens."""
+        vision = getattr(self.base.config, "vision_config", None)
+        return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
     # Installing and removing
 
@@ -199,14 +132,13 @@ class Engine:
                 )
             _ENGAGED[self.decoder] = weakref.ref(self)
         try:
-            self._override_attention()
+            self.inside.install(self._hook_forward)
+            if self.vision is not None:
+                self.vision.install(self._hook_forward)
             if self.model is not self.base:
                 self._hook_forward(self.model, self._on_call, None)
             self._hook_forward(self.base, self._on_prompt, self._after_prompt)
             self._hook_forward(self.decoder, self._enter, self._leave)
-            if self.door is not None:
-                for layer in self._layers()[self.door :]:
-                    self._hook_forward(layer, self._enter_layer, None)
             self._onward = Onward(self.model, self.method.idle)
         except BaseException:
             self.remove()
@@ -221,34 +153,17 @@ class Engine:
                 module.register_forward_hook(eagerly(after), with_kwargs=True, always_call=True)
             )
 
-    def _override_attention(self) -> None:
-        """Score in one layer, other rows in those above it; other layers are free."""
-        prunes = self.method.prune_ratio > 0
-        scoring = self.plan.scoring if self.door is None else self.door - 1
-        for i, layer in enumerate(self._layers()):
-            # A trace wants the scores even where nothing is pruned.
-            if i == scoring and (prunes or self.door or self.trace):
-                self._overrides.append(Override(attention_of(layer), self._scoring))
-            elif i in self._upper:
-                self._overrides.append(Override(attention_of(layer), self._pruning))
-
-    @property
-    def _upper(self) -> Container[int]:
-        """The layers whose rows are not those of the layers below."""
-        if self.door is not None:
-            return range(self.door, len(self._layers()))
-        return self.plan.pruned if self.method.prune_ratio > 0 else ()
-
     def remove(self) -> None:
         """Restore the model completely, between two forwards. Harmless when called twice."""
         self._acquire()
         for hook in self._hooks:
             hook.remove()
-        for override in self._overrides:
-            override.restore()
+        self.inside.restore()
         if self._onward is not None:
             self._onward.restore()
-        self._hooks, self._overrides, self._onward = [], [], None
+        if self.vision is not None:
+            self.vision.restore()
+        self._hooks, self._onward = [], None
         if engine_of(self.model) is self:
             del _ENGAGED[self.decoder]
         self._release()
@@ -271,7 +186,7 @@ class Engine:
     # The model's pre-hooks: find the video tokens
 
     def _on_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        inputs = _named(module, args, kwargs)
+        inputs = named(module, args, kwargs)
         asked = inputs.get("logits_to_keep")
         self._local.labels = inputs.get("labels") is not None
         # Assisted decoding asks for the logits of several tokens at once.
@@ -282,7 +197,7 @@ class Engine:
     ) -> tuple[tuple[()], dict[str, Any]]:
         local = self._local
         local.spans, local.reason = [], None
-        local.inputs = inputs = dict(_named(module, args, kwargs))
+        local.inputs = inputs = dict(named(module, args, kwargs))
         try:
             local.spans = self._find(module, inputs)
         except _Untouched as why:
@@ -339,7 +254,7 @@ class Engine:
     ) -> tuple[tuple[()], dict[str, Any]]:
         self._acquire()
         self._check_attention()
-        inputs = dict(_named(module, args, kwargs))
+        inputs = dict(named(module, args, kwargs))
         spans: list[VideoSpan] = getattr(self._local, "spans", [])
         several: bool = getattr(self._local, "several", False)
         past, length = inputs.get("past_key_values"), inputs["inputs_embeds"].shape[1]
@@ -352,11 +267,11 @@ class Engine:
             self._watch(step, spans, inputs, several)
         if step.cache is not None:
             step.cache.generation.step = step
-        self.step = step
+        self.inside.step = step
         return (), inputs
 
     def _leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        step = self.step
+        step = self.inside.step
         if step is not None and step.cache is not None:
             step.cache.generation.step = None
         # After an exception there is no output, and nothing is counted.
@@ -378,7 +293,7 @@ class Engine:
     def _release(self) -> None:
         if self._owner is not None:
             self._owner = None
-            self.step = None
+            self.inside.step = None
             self._turn.release()
 
     def _watch(
@@ -411,23 +326,25 @@ class Engine:
         mask = self._checked_mask(inputs.get("attention_mask"))
         inputs["attention_mask"] = mask
         lead = lead_of(inputs.get("position_ids"), mask, inputs["inputs_embeds"])
-        clips = clips_of(spans)
+        device = inputs["inputs_embeds"].device
+        seen = None if self.vision is None else self.vision.take(spans, device)
+        clips = clips_of(spans, seen)
         rows, masks = shorten(inputs, spans, method, cached=cache is not None, clips=clips)
 
         prunes = rows.pruned is not rows.plain
-        if self.door is not None:
+        if self.inside.door is not None:
             # Its own map from the start: what the layers above hold is known once they are reached.
             rows.pruned = RowMap(rows.plain.index, rows.plain.padded, rows.plain.first)
             step.plain_mask = rows.plain.key_mask(
                 mask, rows.source.shape[1], rows.source.device, decode=False
             )
             step.attention_mask = mask
-        chooses = prunes or self.door is not None
+        chooses = prunes or self.inside.door is not None
         if not self._continues(step, cache, several=False):
             counts = torch.stack([kept.sum() for kept in masks]).tolist()
             tally = Tally(method.to_dict(), videos_by_sample(spans, counts, batch), rows.visual)
             tally.reason = IDLE if method.idle else None
-            tally.below = None if self.door is None else self.door / len(self._layers())
+            tally.below = self.inside.below
             if self.trace:
                 tally.trace = Trace([SampleTrace(keep=[]) for _ in range(batch)])
                 for span, kept in zip(spans, masks, strict=True):
@@ -448,7 +365,7 @@ class Engine:
                 refuse_crop=ASSISTED if several and chooses else None,
                 refuse_below=0 if self.tells or not chooses else length,
             )
-            adopt(cache, generation, self._upper, len(self._layers()))
+            adopt(cache, generation, self.inside.upper, len(self.decoder.layers))
             inputs["past_key_values"] = cache
             step.cache, step.prefill = cache, True
         if self.masks is not None:
@@ -469,7 +386,7 @@ class Engine:
                     f"prune_ratio={self.method.prune_ratio} chooses rows of the KV cache, and "
                     "use_cache=False has none; drop use_cache=False, or use prune_ratio=0"
                 )
-            if self.door is not None:
+            if self.inside.door is not None:
                 raise UnsupportedError(
                     f"{type(self.method).__name__} would drop other tokens in every step, since "
                     "use_cache=False reads the whole prompt again; drop use_cache=False"
@@ -481,10 +398,10 @@ class Engine:
     def _check_attention(self) -> None:
         """Overridden layers would go on with the old implementation, in any forward."""
         now = self.decoder.config._attn_implementation
-        if now == self.implementation or not self._overrides:
+        if now == self.inside.implementation or not self.inside.installed:
             return
         raise UnsupportedError(
-            f"the attention implementation changed from {self.implementation!r} to {now!r} "
+            f"the attention implementation changed from {self.inside.implementation!r} to {now!r} "
             "inside the context; change it before entering"
         )
 
@@ -551,107 +468,9 @@ class Engine:
                 "a window take it for tokens; ask questions of one length together, or one by one"
             )
 
-    # Inside the layers
-
-    def _scoring(self, inner: Any, module: nn.Module, args: list[Any], kwargs: Any) -> Any:
-        """The layer below the pruned ones: its attention says which tokens they attend to."""
-        output = inner(module, *args, **kwargs)
-        step = self.step
-        if step is not None and step.cache is not None:
-            query, keys, scaling = args[0], args[1], kwargs.get("scaling")
-            mask = step.plain_mask
-            mask = mask if mask is None else mask.to(query.device)
-            if step.decode:
-                self._select(step.cache, query_scores(query, keys, scaling, mask))
-            elif step.prefill and self.door is not None:
-                step.scores = last_token_scores(query, keys, scaling, mask)
-        return output
-
-    def _enter_layer(
-        self, module: nn.Module, args: Any, kwargs: dict[str, Any]
-    ) -> tuple[tuple[()], dict[str, Any]] | None:
-        """A layer above the door, at prefill: the first drops rows, all go on without them."""
-        step = self.step
-        if step is None or step.cache is None or not step.prefill:
-            return None
-        inputs, generation = dict(_named(module, args, kwargs)), step.cache.generation
-        if step.source is None:
-            assert step.scores is not None and self.door is not None
-            hidden = inputs["hidden_states"]
-            hidden, step.source, rows = drop_rows(
-                self.method,
-                hidden,
-                step.scores,
-                generation.plain,
-                generation.visual,
-                self.door / len(self._layers()),
-            )
-            generation.pruned.become(rows)
-            inputs["hidden_states"] = hidden.gather(
-                1, step.source[..., None].expand(-1, -1, hidden.shape[-1])
-            )
-        shorten_layer(inputs, step.source, generation.plain.index.shape[1])
-        return (), inputs
-
-    def _select(self, cache: DycokeCache, attention: Tensor) -> None:
-        generation = cache.generation
-        visual = generation.visual
-        scores = attention.to(visual.rows.device).gather(1, visual.rows)
-        scores = scores.masked_fill(~visual.valid, 0)
-        if generation.prunes:
-            first = visual.previous is None
-            chosen, refreshed = self.method.select_tokens(scores, visual)
-            recalled = cache.select(chosen)
-            if not first:
-                visual.refreshes += refreshed
-                visual.recalled += recalled
-        visual.previous = scores
-        if generation.tally.trace is not None:
-            generation.tally.trace.add(visual, scores)
-
-    def _pruning(self, inner: Any, module: nn.Module, args: list[Any], kwargs: Any) -> Any:
-        """The layers with rows of their own: the mask must follow these."""
-        step = self.step
-        own = step is not None and (not step.prefill or step.source is not None)
-        if own and step is not None and step.cache is not None:
-            mask = self._pruned_mask(step, step.cache, args[0])
-            if len(args) > 3:
-                args[3] = mask
-            else:
-                kwargs["attention_mask"] = mask
-        return inner(module, *args, **kwargs)
-
-    def _pruned_mask(self, step: Step, cache: DycokeCache, query: Tensor) -> Any:
-        """What the attention function wants as a mask over a pruned layer's rows."""
-        if query.device not in step.pruned_masks:
-            generation = cache.generation
-            rows = generation.pruned
-            # Rows of prompt and answer, the new ones included: the layers below have them already.
-            later = cache.row_count - generation.plain.index.shape[1]
-            total = rows.index.shape[1] + later
-            keys = rows.key_mask(step.attention_mask, total, query.device, step.decode)
-            length = total - rows.start if step.decode else total
-            new = total if step.prefill else step.length
-            step.pruned_masks[query.device] = native_mask(
-                self.implementation, self.decoder.config, query, new, length, keys
-            )
-        mask = step.pruned_masks[query.device]
-        if isinstance(mask, Tensor) and mask.ndim == 4:
-            # Layers that share keys may be asked for the newest tokens only.
-            mask = mask[:, :, -query.shape[2] :]
-        return mask
-
 
 ASSISTED = (
     "assisted and prompt-lookup decoding check several tokens in one forward, by which a method "
     "would prune or drop others than in plain decoding: with prune_ratio > 0, or tokens dropped "
     "inside the LLM, the answer would differ; use prune_ratio=0, or decode plainly"
 )
-
-
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a forward by name."""
-    if not args:
-        return kwargs
-    names = list(inspect.signature(module.forward).parameters)
-    return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dycoke.clip import Clip
+from dycoke.clip import Clip, Seen
 from dycoke.errors import UnsupportedError
 from dycoke.models import VideoSpan
 from dycoke.rows import Arrangement, arrange
@@ -32,17 +32,18 @@ class Merger(Protocol):
     def merge_tokens(self, features: Tensor, clip: Clip) -> tuple[Tensor, Tensor]: ...
 
 
-def clips_of(spans: Sequence[VideoSpan]) -> list[Clip]:
-    """What each video's method may know of it: the sizes of its sample's videos."""
+def clips_of(spans: Sequence[VideoSpan], seen: Sequence[Seen] | None = None) -> list[Clip]:
+    """What each video's method may know of it: the sizes of its sample's videos, and ``seen``."""
     sizes: dict[int, list[int]] = {}
     places = []
     for span in spans:
         videos = sizes.setdefault(span.sample, [])
         places.append(len(videos))
         videos.append(span.positions.numel())
+    known = [(None, None)] * len(spans) if seen is None else seen
     return [
-        Clip(tokens=tuple(sizes[span.sample]), place=place)
-        for span, place in zip(spans, places, strict=True)
+        Clip(scores, keys, tuple(sizes[span.sample]), place)
+        for span, place, (scores, keys) in zip(spans, places, known, strict=True)
     ]
 
 

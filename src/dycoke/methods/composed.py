@@ -69,13 +69,14 @@ class Composed(Compressor):
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
         before = dict(settings["before"])
-        name, known = before.pop("method", None), {c.__name__: c for c in _kinds(Compressor)}
+        name = before.pop("method", None)
+        known = {kind.__name__: kind for kind in _kinds(Compressor)}
         if name not in known:
             raise ValueError(f"unknown method {name!r}; there are {', '.join(sorted(known))}")
         return cls(known[name].from_dict(before), DyCoke.from_dict(settings["after"]))
 
 
-def _kinds(base: type[Compressor]) -> Iterator[type[Compressor]]:
+def _kinds(base: Any) -> Iterator[type[Compressor]]:
     for kind in base.__subclasses__():
         yield kind
         yield from _kinds(kind)

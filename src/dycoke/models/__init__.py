@@ -13,7 +13,11 @@ and what differs from the usual
 - ``FRAMES``: what its frames may be given as, of ``"videos"`` (the default) and ``"images"``,
 - ``VIDEO_TOKEN``: the config's name for the placeholder of a video, if not ``"video_token_id"``,
 - ``PROCESSOR``: arguments without which its processor makes prompts that cannot be compressed,
-- ``masks`` (`Masks`), where the model's masks are more than causal and windowed.
+- ``masks`` (`Masks`), where the model's masks are more than causal and windowed,
+- ``VISION``: where the vision encoder's attention modules are in the base model, ``*`` for the
+  layer; without it a family cannot serve methods that need them (`vision.py`),
+- ``encoder_order(vision_config, grid) -> Tensor``: for a video of (slices, rows, columns) tokens,
+  their order in the encoder, where it is not the prompt's.
 """
 
 from __future__ import annotations

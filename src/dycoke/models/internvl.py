@@ -9,6 +9,7 @@ from dycoke.models import Prompt, VideoSpan
 MODEL_TYPES = ("internvl",)
 ROPE = "1-D"
 FRAMES = ("images",)
+VISION = "vision_tower.encoder.layer.*.attention"
 NAME = "InternVL3, InternVL3.5"
 CHECKPOINTS = ("OpenGVLab/InternVL3-8B-hf", "OpenGVLab/InternVL3_5-8B-HF")
 NOTES = ("beams and several answers mix up frames in transformers 5.17 itself",)

@@ -6,6 +6,7 @@ from dycoke.models import Prompt, VideoSpan
 
 MODEL_TYPES = ("llava_next_video",)
 ROPE = "1-D"
+VISION = "vision_tower.encoder.layers.*.self_attn"
 NAME = "LLaVA-NeXT-Video"
 CHECKPOINTS = ("llava-hf/LLaVA-NeXT-Video-7B-hf", "llava-hf/LLaVA-NeXT-Video-34B-hf")
 

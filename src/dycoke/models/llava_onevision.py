@@ -6,6 +6,7 @@ from dycoke.models import Prompt, VideoSpan
 
 MODEL_TYPES = ("llava_onevision",)
 ROPE = "1-D"
+VISION = "vision_tower.encoder.layers.*.self_attn"
 NAME = "LLaVA-OneVision"
 CHECKPOINTS = (
     "llava-hf/llava-onevision-qwen2-7b-ov-hf",

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from dycoke.models import Prompt, VideoSpan
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 ROPE = "3-D"
 FRAMES = ("videos", "images")
+VISION = "visual.blocks.*.attn"
 NAME = "Qwen2-VL, Qwen2.5-VL"
 CHECKPOINTS = ("Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct")
 
@@ -16,3 +22,14 @@ def layout(prompt: Prompt) -> list[VideoSpan]:
         VideoSpan(sample, prompt.frames(places, grid[0] * grid[1]), grid)
         for sample, places, grid in prompt.packed(prompt.token_id)
     ]
+
+
+def encoder_order(vision: Any, grid: tuple[int, int, int]) -> Tensor:
+    """Qwen2.5-VL's encoder goes through a slice window by window, Qwen2-VL's row by row."""
+    slices, height, width = grid
+    places = torch.arange(slices * height * width).view(slices, -1)
+    if not hasattr(vision, "window_size"):
+        return places.flatten()
+    side = vision.window_size // vision.spatial_merge_size // vision.patch_size
+    window = (torch.arange(height)[:, None] // side) * width + torch.arange(width) // side
+    return places[:, window.flatten().argsort(stable=True)].flatten()

@@ -7,6 +7,7 @@ from dycoke.models import Prompt, VideoSpan
 MODEL_TYPES = ("smolvlm",)
 ROPE = "1-D"
 FRAMES = ("images",)
+VISION = "vision_model.encoder.layers.*.self_attn"
 NAME = "SmolVLM2"
 CHECKPOINTS = ("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "HuggingFaceTB/SmolVLM2-500M-Video-Instruct")
 

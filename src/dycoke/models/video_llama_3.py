@@ -8,6 +8,7 @@ from dycoke.models import Prompt, VideoSpan
 MODEL_TYPES = ("video_llama_3",)
 ROPE = "1-D"
 PROCESSOR = {"use_token_compression": False}
+VISION = "vision_model.encoder.layers.*.self_attn"
 NAME = "VideoLLaMA3"
 CHECKPOINTS = ("lkhl/VideoLLaMA3-2B-Image-HF",)
 NOTES = ("its own token compression must be off: use_token_compression=False",)
