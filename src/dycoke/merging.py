@@ -35,7 +35,8 @@ def counterparts(frames: int, window: int, device: torch.device | None = None) -
     return torch.where(place % 2 == 1, frame - 1, frame - place)
 
 
-def _check_features(features: Tensor) -> None:
+def check_features(features: Tensor) -> None:
+    """Refuse what is no floating point tensor of shape (F, N, D)."""
     if not isinstance(features, Tensor):
         raise TypeError(f"features must be a tensor of shape (F, N, D), got {type(features)}")
     if features.ndim != 3 or 0 in features.shape:
@@ -71,7 +72,7 @@ def merge_mask(features: Tensor, merge_ratio: float = 0.7, window: int = 4) -> T
     TypeError, ValueError
         For a wrong type, shape or range, and for features with NaN or infinite values.
     """
-    _check_features(features)
+    check_features(features)
     merge_ratio = check_ratio("merge_ratio", merge_ratio)
     window = check_count("window", window)
     frames, tokens, _ = features.shape
@@ -108,7 +109,7 @@ def merge_mean(features: Tensor, keep: Tensor, window: int = 4) -> Tensor:
     Tensor, shape (F, N, D), the dtype of ``features``
         Averages at kept places (unweighted, summed in float32); other places are unchanged.
     """
-    _check_features(features)
+    check_features(features)
     if keep.shape != features.shape[:2] or keep.dtype != torch.bool:
         raise ValueError(
             f"keep must be bool of shape {tuple(features.shape[:2])}, "

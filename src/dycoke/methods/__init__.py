@@ -8,6 +8,9 @@ from typing import Any
 
 from dycoke.compressor import Compressor, DyCoke
 from dycoke.methods.controls import FewerFrames, RandomTokens
+from dycoke.methods.fastvid import FastVID
+from dycoke.methods.flashvid import FlashVID
+from dycoke.methods.holitom import HoliTom
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,9 @@ METHODS: dict[str, Method] = {
             "control: DyCoke that selects anew in every step",
             _merging(DyCoke, refresh_threshold=1),
         ),
+        Method("fastvid", "salient tokens and density peaks of segments", FastVID),
+        Method("holitom", "still tokens merge over time, half more inside", HoliTom),
+        Method("flashvid", "diverse tokens and trees over time, more inside", FlashVID),
     )
 }
 
