@@ -20,6 +20,14 @@ def check_ratio(name: str, value: object) -> float:
     return ratio
 
 
+def check_between(name: str, value: object, low: float, high: float) -> float:
+    """Return ``value`` as a float in [low, high], or say what is wrong with it."""
+    number = check_number(name, value, f"[{low:g}, {high:g}]")
+    if not low <= number <= high:
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}")
+    return number
+
+
 def check_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Say so where ``value`` is none of the allowed words."""
     if value not in allowed:

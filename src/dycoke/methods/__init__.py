@@ -9,6 +9,9 @@ from typing import Any
 from dycoke.compressor import Compressor, DyCoke
 from dycoke.methods.controls import FewerFrames, RandomTokens
 from dycoke.methods.fastv import FastV
+from dycoke.methods.fastvid import FastVID
+from dycoke.methods.flashvid import FlashVID
+from dycoke.methods.holitom import HoliTom
 from dycoke.methods.prumerge import LLaVAPruMerge
 from dycoke.methods.vidcom2 import VidCom2
 from dycoke.methods.visionzip import VisionZip
@@ -87,6 +90,9 @@ METHODS: dict[str, Method] = {
             VisionZip,
         ),
         Method("vidcom2", "what is least like the means of its video and frame", VidCom2),
+        Method("fastvid", "salient tokens and density peaks of segments", FastVID),
+        Method("holitom", "still tokens merge over time, half more inside", HoliTom),
+        Method("flashvid", "diverse tokens and trees over time, more inside", FlashVID),
     )
 }
 
