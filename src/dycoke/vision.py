@@ -204,21 +204,20 @@ class Vision:
         merges = inputs.get(f"{kind}_merge_sizes")
         merges = [config.spatial_merge_size] * len(grids) if merges is None else merges.tolist()
         order = getattr(self.family, "encoder_order", None)
-        every, width = torch.cat(call.scores, 1)[0], call.keys[0].shape[-1]
-        rows = torch.cat(call.keys, 1)[0]
+        every_score = torch.cat(call.scores, 1)[0]
+        every_key = torch.cat(call.keys, 1)[0]
         videos, start = [], 0
         for (slices, height, width), merge in zip(grids.tolist(), merges, strict=True):
-            count = slices * height * width
-            scores = every[start : start + count].view(-1, merge**2).mean(1)
-            keys = rows[start : start + count].view(-1, merge**2, width).mean(1)
-            start += count
+            own = slice(start, start + slices * height * width)
+            start = own.stop
+            # As many queries as patches; a token's score is the mean over its patches.
+            scores = every_score[own].view(-1, merge**2).mean(1) / (height * width)
+            keys = every_key[own].view(len(scores), merge**2, -1).mean(1)
             if order is not None:
                 back = order(config, (slices, height // merge, width // merge)).argsort()
                 scores, keys = (x[back.to(x.device)] for x in (scores, keys))
-            scores = scores / (height * width)  # as many queries as patches
-            videos.append(
-                (scores.view(slices, -1), keys.view(slices, scores.shape[0] // slices, -1))
-            )
+            scores = scores.view(slices, -1)
+            videos.append((scores, keys.view(*scores.shape, -1)))
         return videos
 
 
@@ -330,9 +329,10 @@ def pooled(values: Tensor, side: int) -> Tensor:
 
     Means of blocks where the patches divide evenly, else bilinear, as LLaVA-OneVision pools.
     """
-    patches = isqrt(values.shape[1])
-    grid = values.transpose(1, 2).reshape(*values.shape[::2], patches, patches)
-    if patches % side == 0:
+    frames, patches, width = values.shape
+    before = isqrt(patches)
+    grid = values.transpose(1, 2).reshape(frames, width, before, before)
+    if before % side == 0:
         grid = adaptive_avg_pool2d(grid, side)
     else:
         grid = interpolate(grid, size=(side, side), mode="bilinear", align_corners=False)
