@@ -24,7 +24,7 @@ from support import backends, close, compressed, families, generate, inputs_of, 
 from torch import Tensor
 from transformers import AttentionInterface
 
-from dycoke import DyCoke, UnsupportedError, vision
+from dycoke import DyCoke, UnsupportedError, attention
 from dycoke.clip import CLIP, Clip
 from dycoke.compressor import Compressor
 from dycoke.encoding import encode_in_chunks
@@ -110,11 +110,11 @@ def encoder_of(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]
 def oracle(model: Any, inputs: dict[str, Any], videos: Any, tokens: int) -> list[Seen]:
     family = model.config.model_type
     path = MODULES.get(family, "visual.blocks.1.attn")
-    attention = model.base_model.get_submodule(path)
+    module = model.base_model.get_submodule(path)
     layer = model.base_model.get_submodule(path.rpartition(".")[0])
     told: dict[str, Any] = {}
     handles = [
-        attention.register_forward_pre_hook(
+        module.register_forward_pre_hook(
             lambda m, a, k: told.update(k, hidden=a[0] if a else k["hidden_states"]),
             with_kwargs=True,
         ),
@@ -129,7 +129,7 @@ def oracle(model: Any, inputs: dict[str, Any], videos: Any, tokens: int) -> list
         handle.remove()
     rows = torch.cat([video.flatten(0, -2) for video in output.pooler_output])
     with torch.no_grad():
-        scores, keys = by_hand(attention, told, family in CLASS_TOKEN)
+        scores, keys = by_hand(module, told, family in CLASS_TOKEN)
 
     token_scores, token_keys = [], []
     for row in rows:
@@ -149,7 +149,7 @@ def oracle(model: Any, inputs: dict[str, Any], videos: Any, tokens: int) -> list
     return seen
 
 
-def by_hand(attention: Any, told: dict[str, Any], class_token: bool) -> Any:
+def by_hand(module: Any, told: dict[str, Any], class_token: bool) -> Any:
     """What each row of the module's input receives, (rows,), and its key, (rows, C)."""
     hidden = told["hidden"]
     if hidden.ndim == 3:
@@ -157,11 +157,11 @@ def by_hand(attention: Any, told: dict[str, Any], class_token: bool) -> Any:
     else:
         sequences, per_frame = told["cu_seqlens"].diff().tolist(), PATCHES
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    heads = attention.num_heads
-    if hasattr(attention, "qkv"):
-        parts = attention.qkv(hidden).chunk(3, -1)[:2]
+    heads = module.num_heads
+    if hasattr(module, "qkv"):
+        parts = module.qkv(hidden).chunk(3, -1)[:2]
     else:
-        parts = attention.q_proj(hidden), attention.k_proj(hidden)
+        parts = module.q_proj(hidden), module.k_proj(hidden)
     queries, keys = (part.view(len(hidden), heads, -1) for part in parts)
     width = queries.shape[-1]
     if told.get("position_embeddings") is not None:
@@ -235,15 +235,15 @@ def test_an_odd_side_is_pooled_as_the_model_pools_features() -> None:
     ours = recorded(model, inputs)
 
     whole: list[Tensor] = []
-    attention = model.base_model.get_submodule(MODULES["llava_onevision"])
-    handle = attention.register_forward_pre_hook(
+    module = model.base_model.get_submodule(MODULES["llava_onevision"])
+    handle = module.register_forward_pre_hook(
         lambda m, a, k: whole.append(a[0] if a else k["hidden_states"]), with_kwargs=True
     )
     encode, given = encoder_of(model, inputs)
     with torch.no_grad():
         encode(**given)
         handle.remove()
-        scores, keys = by_hand(attention, {"hidden": whole[0]}, class_token=False)
+        scores, keys = by_hand(module, {"hidden": whole[0]}, class_token=False)
     places = []
     for y in range(3):
         for x in range(3):
@@ -326,14 +326,14 @@ def test_patches_that_a_mask_hides(backend: str) -> None:
 @pytest.mark.parametrize("block", [1, 40, 700, 1 << 24])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 2, 7, 4), (2, 3, 5, 8)])
 def test_blocks_add_up(block: int, shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vision, "BLOCK", block)
+    monkeypatch.setattr(attention, "BLOCK", block)
     frames, heads, patches, width = shape
     g = torch.Generator().manual_seed(patches)
     query, keys = torch.randn(2, *shape, generator=g).unbind()
     hidden = torch.rand(frames, 1, 1, patches, generator=g) < 0.3
     hidden[..., 0] = False
     for mask in (None, hidden):
-        ours = vision.received(query, keys, None, mask)
+        ours = attention.received(query, keys, None, mask)
         for frame in range(frames):
             total = torch.zeros(patches)
             for head in range(heads):
@@ -343,9 +343,9 @@ def test_blocks_add_up(block: int, shape: Any, monkeypatch: pytest.MonkeyPatch) 
                         logits[hidden[frame, 0, 0]] = -torch.inf
                     total += logits.softmax(0)
             close(ours[frame], total / heads, 1e-5)
-    double = vision.received(query.double(), keys.double(), 0.5)
+    double = attention.received(query.double(), keys.double(), 0.5)
     assert double.dtype == torch.float64
-    close(double.float(), vision.received(query, keys, 0.5))
+    close(double.float(), attention.received(query, keys, 0.5))
 
 
 def test_half_precision_is_scored_in_float32() -> None:
@@ -496,13 +496,13 @@ def test_an_error_leaves_nothing_behind(family: str) -> None:
     first = inputs_of(family, *ONE, seed=1)
     second = inputs_of(family, *ONE, seed=2)
     method = Recorder()
-    attention = model.base_model.get_submodule(MODULES.get(family, "visual.blocks.1.attn"))
-    behind = attention.register_forward_hook(lambda *_: 1 / 0)
+    module = model.base_model.get_submodule(MODULES.get(family, "visual.blocks.1.attn"))
+    behind = module.register_forward_hook(lambda *_: 1 / 0)
     with untouched(model), pytest.raises(ZeroDivisionError), method(model, frames=frames):
         generate(model, first, 2)
     behind.remove()
     with method(model, frames=frames):
-        behind = attention.register_forward_hook(lambda *_: 1 / 0)
+        behind = module.register_forward_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             generate(model, first, 2)
         with pytest.raises(ZeroDivisionError), torch.no_grad():
