@@ -33,6 +33,7 @@ def run(monkeypatch: Any, capsys: Any) -> Callable[..., tuple[int, str, str]]:
 # same kinds of layers. The whole matrix over them is half of its time; `--every-family` runs it.
 TWINS = {"qwen2_vl", "glm46v", "glm4v_moe", "qwen3_vl_moe", "qwen3_5_moe"}
 TWINS_RUN = {
+    "test_scores_and_keys_equal_the_oracle",
     "test_every_backend_equals_the_oracle",
     "test_a_left_padded_batch_equals_each_sample_alone",
     "test_a_follow_up_turn_equals_the_oracle",

@@ -99,16 +99,21 @@ def _even(count: int, most: int) -> list[int]:
 
 
 def _stacked(inner: Callable[..., Any], inputs: dict[str, Any], name: str, most: int) -> Any:
-    """Videos as one tensor, (B, F, C, H, W), features (B, rows, D) or one (rows, D) per video."""
-    rows: list[list[Tensor]] = []
+    """Videos as one tensor, (B, F, C, H, W), features (B, rows, D) or one (rows, D) per video.
+
+    One video after the other, so that whatever is noted meanwhile comes in the order of frames.
+    """
+    together: list[Tensor] = []
     sizes = _even(inputs[name].shape[1], most)
-    for i, pixels in enumerate(inputs[name].split(sizes, dim=1)):
-        output = inner(**inputs | {name: pixels.contiguous()})
-        # A token that closes a video (a newline) comes once.
-        videos = output.pooler_output
-        ends = len(videos[0]) % sizes[i] if i + 1 < len(sizes) else 0
-        rows.append([video[: len(video) - ends] for video in videos])
-    together = [torch.cat(parts) for parts in zip(*rows, strict=True)]
+    for video in inputs[name]:
+        rows: list[Tensor] = []
+        for i, pixels in enumerate(video.split(sizes)):
+            output = inner(**inputs | {name: pixels[None].contiguous()})
+            # A token that closes a video (a newline) comes once.
+            part = output.pooler_output[0]
+            ends = len(part) % sizes[i] if i + 1 < len(sizes) else 0
+            rows.append(part[: len(part) - ends])
+        together.append(torch.cat(rows))
     return _only(output, torch.stack(together))
 
 

@@ -22,14 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from dycoke.attention import Override
+from dycoke.attention import Override, received
 from dycoke.clip import Seen, joined
 from dycoke.encoding import replaced_encoder
 from dycoke.errors import UnsupportedError
 from dycoke.models import VideoSpan, families
 
 KINDS = ("video", "image")
-BLOCK = 1 << 24  # attention weights held at once: 64 MB in float32
 
 
 class _Call:
@@ -204,21 +203,20 @@ class Vision:
         merges = inputs.get(f"{kind}_merge_sizes")
         merges = [config.spatial_merge_size] * len(grids) if merges is None else merges.tolist()
         order = getattr(self.family, "encoder_order", None)
-        every, width = torch.cat(call.scores, 1)[0], call.keys[0].shape[-1]
-        rows = torch.cat(call.keys, 1)[0]
+        every_score = torch.cat(call.scores, 1)[0]
+        every_key = torch.cat(call.keys, 1)[0]
         videos, start = [], 0
         for (slices, height, width), merge in zip(grids.tolist(), merges, strict=True):
-            count = slices * height * width
-            scores = every[start : start + count].view(-1, merge**2).mean(1)
-            keys = rows[start : start + count].view(-1, merge**2, width).mean(1)
-            start += count
+            own = slice(start, start + slices * height * width)
+            start = own.stop
+            # As many queries as patches; a token's score is the mean over its patches.
+            scores = every_score[own].view(-1, merge**2).mean(1) / (height * width)
+            keys = every_key[own].view(len(scores), merge**2, -1).mean(1)
             if order is not None:
                 back = order(config, (slices, height // merge, width // merge)).argsort()
                 scores, keys = (x[back.to(x.device)] for x in (scores, keys))
-            scores = scores / (height * width)  # as many queries as patches
-            videos.append(
-                (scores.view(slices, -1), keys.view(slices, scores.shape[0] // slices, -1))
-            )
+            scores = scores.view(slices, -1)
+            videos.append((scores, keys.view(*scores.shape, -1)))
         return videos
 
 
@@ -289,50 +287,15 @@ def _hidden(mask: Tensor | None) -> Tensor | None:
     return ~mask if mask.dtype == torch.bool else mask < 0
 
 
-def received(
-    query: Tensor, keys: Tensor, scaling: float | None, hidden: Tensor | None = None
-) -> Tensor:
-    """Attention that each key gets: summed over queries, a mean over heads.
-
-    Parameters
-    ----------
-    query : Tensor, shape (B, H, Q, C)
-    keys : Tensor, shape (B, H, K, C)
-    scaling : float or None
-        1 / sqrt(C) where None.
-    hidden : Tensor, bool, shape (B, 1, 1, K), or None
-        Keys that nobody sees.
-
-    Returns
-    -------
-    Tensor, shape (B, K)
-        float32, or float64 for float64 inputs. At most `BLOCK` weights are held at once.
-    """
-    batch, heads, queries, width = query.shape
-    scaling = width**-0.5 if scaling is None else scaling
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    total = query.new_zeros(batch, keys.shape[2], dtype=dtype)
-    rows = max(1, BLOCK // (heads * keys.shape[2]))
-    frames = max(1, rows // queries)
-    for start in range(0, batch, frames):
-        part = slice(start, start + frames)
-        key = keys[part].to(dtype).transpose(2, 3)
-        for first in range(0, queries, rows):
-            logits = (query[part, :, first : first + rows].to(dtype) * scaling) @ key
-            if hidden is not None:
-                logits = logits.masked_fill(hidden[part], -torch.inf)
-            total[part] += logits.softmax(-1).sum((1, 2))
-    return total / heads
-
-
 def pooled(values: Tensor, side: int) -> Tensor:
     """A square of patches, (F, P, C), to a square of tokens, (F, side * side, C).
 
     Means of blocks where the patches divide evenly, else bilinear, as LLaVA-OneVision pools.
     """
-    patches = isqrt(values.shape[1])
-    grid = values.transpose(1, 2).reshape(*values.shape[::2], patches, patches)
-    if patches % side == 0:
+    frames, patches, width = values.shape
+    before = isqrt(patches)
+    grid = values.transpose(1, 2).reshape(frames, width, before, before)
+    if before % side == 0:
         grid = adaptive_avg_pool2d(grid, side)
     else:
         grid = interpolate(grid, size=(side, side), mode="bilinear", align_corners=False)
