@@ -275,7 +275,7 @@ def test_the_command(run: Any, clip: str, tmp_path: Path, peaks: list[str]) -> N
             assert list(result[key]) == TIMINGS
         assert result["peak_bytes"] > 0
         assert set(TIMINGS) - {"compress_s"} <= set(result["vs_full"])
-    assert content["results"][1]["settings"]["merge_ratio"] == pytest.approx(0.4)
+    assert content["results"][1]["settings"]["token_budget"] == 0.7
     words = " ".join(out.split())
     for word in ("least", "most", "vs full", "TTFT", "CUT to 4 of 5 language", "random weights"):
         assert word in words
@@ -301,7 +301,7 @@ def test_the_embedded_model_and_a_rendered_story(run: Any, tmp_path: Path) -> No
         (("--methods", "full,nothing"), "unknown method 'nothing'; there are full, dycoke, "),
         (("--methods", ","), "no method is named; there are full, dycoke, "),
         (("--device", "abacus"), "unknown device 'abacus'; there are cpu"),
-        (("--ratio", "0.8"), "dycoke: ratio must be in [0, 0.75)"),
+        (("--ratio", "1"), "dycoke: ratio must be in [0, 1), got 1.0"),
         (("--arch", "tiny", "--layers", "9"), "layers must be in 1 to 5, got 9"),
         (("--arch", "tiny", "--vision-layers", "0"), "vision layers must be in 1 to 2, got 0"),
         (("--arch", "tiny", "--layers", "3"), "prune_layer=3 leaves no layer to prune"),
@@ -385,6 +385,8 @@ def test_a_method_by_name_and_ratio(name: str) -> None:
     assert default is not None and half is not None
     # Each method has its own rounding; all are within one token of a frame.
     assert abs(held(half, torch.randn(8, 12, 4)) - 48) <= 8
+    nothing = methods.create(name, 0)
+    assert nothing is not None and held(nothing, torch.randn(8, 12, 4)) == 96
     assert methods.create("full") is methods.create("full", 0.5) is None
     with pytest.raises(ValueError, match=f"{name}: ratio must be in"):
         methods.create(name, -0.1)

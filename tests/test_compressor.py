@@ -26,8 +26,9 @@ def test_defaults_and_order_of_the_public_interface() -> None:
         "refresh_threshold",
         "merge",
         "positions",
+        "token_budget",
     ]
-    assert DyCoke() == DyCoke(0.7, 0.7, 3, 4, 0.9, "keep", "original")
+    assert DyCoke() == DyCoke(0.7, 0.7, 3, 4, 0.9, "keep", "original", None)
 
 
 def test_immutable_and_hashable() -> None:
@@ -44,6 +45,9 @@ def test_immutable_and_hashable() -> None:
         DyCoke(),
         DyCoke(0, 0.3, 7, 6, 0, "mean", "compact"),
         DyCoke(np.float32(0.5), np.float64(0.1)),
+        DyCoke(token_budget=1),
+        DyCoke(token_budget=1.0),
+        DyCoke(token_budget=np.int64(300)),
     ],
 )
 def test_dictionaries_round_trip(settings: DyCoke) -> None:

@@ -187,6 +187,18 @@ def test_an_evaluation_goes_on_where_it_stopped(assistant: Assistant, tmp_path: 
     assert other.scores == {}
 
 
+def test_a_budget_names_its_lines() -> None:
+    lines = storyqa.standard_settings([{"token_budget": 0.1}], 0.5, 4)
+    assert [line.name for line in lines[1:]] == [
+        f"{method} B=0.1 P=0.5 L=4" for method in ("dycoke", "random", "fewer-frames", "once")
+    ]
+    for line in lines[1:]:
+        settings = line.settings
+        named = [settings[key] for key in ("token_budget", "prune_ratio", "prune_layer")]
+        assert named == [0.1, 0.5, 4]
+    assert lines[-1].settings["refresh_threshold"] == 0
+
+
 @pytest.mark.parametrize("frames", [1, 2, 5, 16])
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.7])
 def test_controls_keep_what_dycoke_keeps(frames: int, ratio: float) -> None:

@@ -31,7 +31,7 @@ def test_ratio_zero_gives_the_same_tokens_and_logits(family: str, backend: str, 
     report = run.report
     assert report is not None
     assert not report.engaged
-    assert report.reason == "the settings remove nothing (ratios of 0)"
+    assert report.reason == "the settings remove nothing: ratios of 0, or a token_budget of 1.0"
     assert report.retention == report.final_retention == 1.0
     assert report.decode_steps == 7
     assert report.kv_bytes == report.kv_bytes_full > 0

@@ -93,6 +93,8 @@ def test_counts_are_true_and_near_the_budget(family: str, name: str, ratio: floa
         assert mean % tokens == 0 and max(asked - tokens, tokens) <= mean <= max(asked, tokens)
     elif drops(method) and name == "fastv" and ratio > 0.8:
         assert row.active_tokens == 1  # the layers below alone hold more than that
+    elif name == "holitom":  # what stands still merges, be the budget larger or not
+        assert 0 < mean <= asked + FRAMES
     else:
         assert abs(mean - asked) <= FRAMES
 

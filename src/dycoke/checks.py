@@ -41,3 +41,18 @@ def check_count(name: str, value: object, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
     return int(value)
+
+
+def check_budget(name: str, value: object) -> int | float:
+    """Return ``value`` as an int of at least 1 or a float in (0, 1], or say what is wrong."""
+    allowed = f"{name} must be an integer of at least 1 (tokens) or a float in (0, 1] (a share)"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{allowed}, got {value!r}")
+    if isinstance(value, numbers.Integral):
+        if value < 1:
+            raise ValueError(f"{allowed}, got {value!r}")
+        return int(value)
+    share = float(value)
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"{allowed}, got {value!r}")
+    return share

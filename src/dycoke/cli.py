@@ -28,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+BUDGET = "Visual tokens to keep, instead of a merge ratio: 1000 (tokens) or 0.25 (share)."
 LOOKED = 50  # stories whose attention `eval` traces: one after another, so not all of them
 
 out = Console(highlight=False)
@@ -102,6 +103,7 @@ def run(
     merge_ratio: Annotated[
         float, typer.Option(help="Share of a non-anchor frame's tokens to merge, [0, 1).")
     ] = 0.7,
+    token_budget: Annotated[str | None, typer.Option(help=BUDGET)] = None,
     prune_ratio: Annotated[
         float, typer.Option(help="Share of visual tokens a decode step leaves out, [0, 1).")
     ] = 0.7,
@@ -125,7 +127,7 @@ def run(
     if compare and no_compress:
         raise BadInput("--compare and --no-compress exclude each other; drop one")
     clip, video_s = _read(video, frames)  # first, since a bad file can be told at once
-    settings = _settings(merge_ratio, prune_ratio, prune_layer)
+    settings = _settings(merge_ratio, prune_ratio, prune_layer, _budget(token_budget))
     assistant = _load(model, device, dtype)
     session = _Session(assistant, clip, video_s, prompt, max_new_tokens, as_json, encode_frames)
     if compare:
@@ -192,6 +194,7 @@ def evaluate(
     merge_ratio: Annotated[
         float | None, typer.Option(help="Only this merge ratio [default: .3, .5 and .7]")
     ] = None,
+    token_budget: Annotated[str | None, typer.Option(help=BUDGET)] = None,
     prune_ratio: Annotated[float, typer.Option(help="Share that a decode step leaves out.")] = 0.7,
     prune_layer: Annotated[int, typer.Option(help="First decoder layer that is pruned.")] = 3,
     retentions: Annotated[
@@ -233,12 +236,19 @@ def evaluate(
         which = (split, seed, count, model, workers)
         _over_retention(retentions, names, which, json_file, picture)
         return
+    budget = _budget(token_budget)
     assistant = _load(model, None, None, own_world=True)
     from dycoke.evaluate import storyqa
 
-    ratios = (0.3, 0.5, 0.7) if merge_ratio is None else (merge_ratio,)
+    if merge_ratio is not None and budget is not None:
+        raise BadInput("--merge-ratio and --token-budget exclude each other; drop one")
+    sizes: list[dict[str, Any]] = [{"merge_ratio": ratio} for ratio in (0.3, 0.5, 0.7)]
+    if merge_ratio is not None:
+        sizes = [{"merge_ratio": merge_ratio}]
+    if budget is not None:
+        sizes = [{"token_budget": budget}]
     try:
-        lines = storyqa.standard_settings(ratios, prune_ratio, prune_layer)
+        lines = storyqa.standard_settings(sizes, prune_ratio, prune_layer)
     except (TypeError, ValueError) as error:
         raise BadInput(str(error)) from None
     if settings is not None:
@@ -512,11 +522,30 @@ def _read(path: Path, frames: int) -> tuple[Video, float]:
     return clip, time.perf_counter() - began
 
 
-def _settings(merge_ratio: float, prune_ratio: float, prune_layer: int) -> Compressor:
+def _budget(text: str | None) -> int | float | None:
+    """A number of tokens, or a share: 1 is one token, 1.0 is all."""
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise BadInput(f"--token-budget must be a number, got {text!r}") from None
+
+
+def _settings(
+    merge_ratio: float,
+    prune_ratio: float,
+    prune_layer: int,
+    token_budget: int | float | None = None,
+) -> Compressor:
     from dycoke.compressor import DyCoke
 
     try:
-        return DyCoke(merge_ratio, prune_ratio, prune_layer)
+        return DyCoke(merge_ratio, prune_ratio, prune_layer, token_budget=token_budget)
     except (TypeError, ValueError) as error:
         raise BadInput(str(error)) from None
 

@@ -73,3 +73,29 @@ def shared(budget: int, tokens: Sequence[int]) -> list[int]:
     for i in order[: budget - sum(counts)]:
         counts[i] += 1
     return counts
+
+
+def video_budget(budget: int | float, tokens: int, clip: Clip = CLIP) -> int:
+    """Tokens that a video keeps under a ``token_budget``.
+
+    Parameters
+    ----------
+    budget : an int is tokens per sample, shared over its videos (`shared`); a float is the share
+        that each video keeps.
+    tokens : the video's visual tokens.
+    clip : the sample's videos, and which of them this is.
+
+    Returns
+    -------
+    int, at least 1: no video is lost. One that `shared` leaves with nothing takes a token from the
+        video that has most; fewer tokens than videos become one for each, above the budget.
+    """
+    if isinstance(budget, float):
+        return max(1, int(budget * tokens + 1e-6))
+    counts = shared(budget, clip.tokens or (tokens,))
+    for i, count in enumerate(counts):
+        if count == 0:
+            most = counts.index(max(counts))
+            counts[most] = max(1, counts[most] - 1)
+            counts[i] = 1
+    return counts[clip.place]

@@ -15,11 +15,11 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from dycoke.checks import check_count, check_number, check_one_of, check_ratio
-from dycoke.clip import CLIP, Clip
+from dycoke.checks import check_budget, check_count, check_number, check_one_of, check_ratio
+from dycoke.clip import CLIP, Clip, video_budget
 from dycoke.engine import Engine, engine_of
 from dycoke.finder import Frames
-from dycoke.merging import merge_mask, merge_mean
+from dycoke.merging import budget_mask, merge_mask, merge_mean
 from dycoke.models import Layout
 from dycoke.report import Report
 from dycoke.rows import Visual
@@ -251,10 +251,16 @@ class DyCoke(Compressor):
         What stands for a merged token: its counterpart as it is, or the mean of both.
     positions : "original" or "compact"
         Kept tokens keep their positions, or are numbered through (1-D RoPE only).
+    token_budget : int, float or None
+        How many visual tokens enter the LLM, instead of ``merge_ratio``: an int is tokens per
+        sample, shared over its videos; a float in (0, 1] is the share that each video keeps, so
+        that 1 is one token and 1.0 is all. May be below one frame in each window, see
+        `dycoke.merging.budget_mask`.
 
     Notes
     -----
-    Ratio 0 for both is the identity: generate runs untouched.
+    Ratio 0 for both is the identity: generate runs untouched. So is a budget of 1.0 with
+    ``prune_ratio=0``.
     """
 
     merge_ratio: float = 0.7
@@ -264,6 +270,7 @@ class DyCoke(Compressor):
     refresh_threshold: float = 0.9
     merge: Literal["keep", "mean"] = "keep"
     positions: Literal["original", "compact"] = "original"
+    token_budget: int | float | None = None
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__  # the only way to normalise a frozen dataclass
@@ -277,13 +284,31 @@ class DyCoke(Compressor):
         set_field(self, "refresh_threshold", threshold)
         check_one_of("merge", self.merge, ("keep", "mean"))
         check_positions(self.positions)
+        if self.token_budget is not None:
+            set_field(self, "token_budget", check_budget("token_budget", self.token_budget))
+            if self.merge_ratio != type(self).merge_ratio:
+                raise ValueError(
+                    f"merge_ratio={self.merge_ratio} and token_budget={self.token_budget} both say "
+                    "how many tokens stay; give one of them"
+                )
 
     @property
     def idle(self) -> bool:
-        return self.merge_ratio == 0 and self.prune_ratio == 0
+        budget = self.token_budget
+        whole = (
+            self.merge_ratio == 0 if budget is None else isinstance(budget, float) and budget == 1
+        )
+        return whole and self.prune_ratio == 0
+
+    def keep_mask(self, features: Tensor, clip: Clip = CLIP) -> Tensor:
+        """Which visual tokens of a video stay: (F, N, D) -> bool (F, N)."""
+        if self.token_budget is None:
+            return merge_mask(features, self.merge_ratio, self.window)
+        count = video_budget(self.token_budget, features.shape[:2].numel(), clip)
+        return budget_mask(features, count, self.window)
 
     def merge_tokens(self, features: Tensor, clip: Clip = CLIP) -> tuple[Tensor, Tensor]:
-        keep = merge_mask(features, self.merge_ratio, self.window)
+        keep = self.keep_mask(features, clip)
         if self.merge == "mean":
             features = merge_mean(features, keep, self.window)
         return features, keep

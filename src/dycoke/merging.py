@@ -6,6 +6,9 @@ Frames are cut into windows. The first frame of a window is its *anchor* and sta
 other frame has a *counterpart* in the same window (odd frames the one before them, even ones the
 anchor), and its tokens that resemble the counterpart's token at the same place most are merged
 into it, that is, they leave.
+
+That is a share of every frame but the anchors. A budget of tokens (`budget_mask`) is no part of the
+paper: all tokens of the video compete, anchors too, so that it may be as small as one token.
 """
 
 from __future__ import annotations
@@ -35,6 +38,16 @@ def counterparts(frames: int, window: int, device: torch.device | None = None) -
     return torch.where(place % 2 == 1, frame - 1, frame - place)
 
 
+def compared_with(frames: int, window: int, device: torch.device | None = None) -> Tensor:
+    """Where the tokens of a frame go once anchors may lose some, too: long, shape (F,).
+
+    The `counterparts`, and for an anchor the anchor before it; the first one has only itself.
+    """
+    frame = torch.arange(frames, device=device)
+    counterpart = counterparts(frames, window, device)
+    return torch.where(counterpart == frame, (frame - window).clamp(min=0), counterpart)
+
+
 def check_features(features: Tensor) -> None:
     """Refuse what is no floating point tensor of shape (F, N, D)."""
     if not isinstance(features, Tensor):
@@ -46,6 +59,14 @@ def check_features(features: Tensor) -> None:
         )
     if not features.is_floating_point():
         raise TypeError(f"features must be floating point, got {features.dtype}")
+
+
+def _directions(features: Tensor) -> Tensor:
+    """Tokens (F, N, D) at length 1, in float32."""
+    unit = F.normalize(features.float(), dim=-1)
+    if not torch.isfinite(unit).all():
+        raise ValueError("features contain NaN or infinite values, so nothing can be compared")
+    return unit
 
 
 def merge_mask(features: Tensor, merge_ratio: float = 0.7, window: int = 4) -> Tensor:
@@ -78,10 +99,8 @@ def merge_mask(features: Tensor, merge_ratio: float = 0.7, window: int = 4) -> T
     frames, tokens, _ = features.shape
     counterpart = counterparts(frames, window, features.device)
 
-    unit = F.normalize(features.float(), dim=-1)
+    unit = _directions(features)
     similarity = (unit * unit[counterpart]).sum(-1)
-    if not torch.isfinite(similarity).all():
-        raise ValueError("features contain NaN or infinite values, so nothing can be compared")
 
     # The most similar leave: the first `leaving` of a stable descending sort.
     leaving = tokens - retained_count(tokens, merge_ratio)
@@ -92,16 +111,66 @@ def merge_mask(features: Tensor, merge_ratio: float = 0.7, window: int = 4) -> T
     return keep | anchors[:, None]
 
 
+def budget_mask(features: Tensor, count: int, window: int = 4) -> Tensor:
+    """Which visual tokens stay where a video may keep ``count`` of them.
+
+    No part of the paper. Tokens of all frames compete by how much they have to say: the cosine
+    distance to the token that they are compared with (`compared_with`), plus that to the mean of
+    all tokens at their place, over the whole video. The first says that something changed, the
+    second that something is there; with the first alone what has moved in and stays is lost.
+
+    The first frame has nothing before it: its tokens are compared with their frame's mean. They
+    come first, up to a quarter of ``count``, since they show what never changes.
+
+    Parameters
+    ----------
+    features : Tensor, shape (F, N, D)
+        F frames of N tokens each, any floating dtype; similarity is taken in float32.
+    count : int, at least 1
+        Tokens to keep; more than there are keeps all.
+    window : int, at least 1
+        Consecutive frames that share one anchor.
+
+    Returns
+    -------
+    Tensor, bool, shape (F, N)
+        Exactly ``min(count, F * N)`` are True; among equal tokens the one with the lowest raster
+        index stays. A larger count keeps what a smaller one keeps, and more.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a wrong type, shape or range, and for features with NaN or infinite values.
+    """
+    check_features(features)
+    count = check_count("count", count)
+    window = check_count("window", window)
+    frames, tokens, _ = features.shape
+    unit = _directions(features)
+    change = 1 - (unit * unit[compared_with(frames, window, features.device)]).sum(-1)
+    change[0] = 1 - unit[0] @ F.normalize(unit[0].mean(0), dim=-1)
+    presence = 1 - (unit * F.normalize(unit.mean(0), dim=-1)).sum(-1)
+    value = change + presence
+    first = change[0].sort(descending=True, stable=True).indices[: max(1, count // 4)]
+    value[0, first] = torch.inf
+    order = value.flatten().sort(descending=True, stable=True).indices
+    keep = torch.zeros(frames * tokens, dtype=torch.bool, device=features.device)
+    keep[order[:count]] = True
+    return keep.view(frames, tokens)
+
+
 def merge_mean(features: Tensor, keep: Tensor, window: int = 4) -> Tensor:
     """Let every kept token become the mean of itself and of all that was merged into it.
 
-    A token merged into a merged counterpart goes on to where that one went (f3 -> f2 -> f0).
+    A token merged into a merged counterpart goes on to where that one went (f3 -> f2 -> f0), and
+    past an anchor's token that left (`budget_mask`) to the anchor before. Where no token before it
+    at its place stays, nothing stands for it, and it leaves without a trace.
 
     Parameters
     ----------
     features : Tensor, shape (F, N, D)
     keep : Tensor, bool, shape (F, N)
-        From `merge_mask` with the same window.
+        From `merge_mask` or `budget_mask` with the same window.
     window : int, at least 1
 
     Returns
@@ -116,11 +185,11 @@ def merge_mean(features: Tensor, keep: Tensor, window: int = 4) -> Tensor:
             f"got {keep.dtype} of shape {tuple(keep.shape)}"
         )
     frames, tokens, _ = features.shape
-    counterpart = counterparts(frames, window, features.device)[:, None].expand(frames, tokens)
+    before = compared_with(frames, window, features.device)[:, None].expand(frames, tokens)
     itself = torch.arange(frames, device=features.device)[:, None].expand(frames, tokens)
-    # Two hops are enough: the counterpart of a counterpart is an anchor, and anchors stay.
-    root = torch.where(keep, itself, counterpart)
-    root = torch.where(keep.gather(0, root), root, counterpart.gather(0, root))
+    root = torch.where(keep, itself, before)
+    for _ in range(frames.bit_length()):  # each round doubles the hops; fewer than F are needed
+        root = root.gather(0, root)
     total = torch.zeros_like(features, dtype=torch.float32)
     total.scatter_add_(0, root[..., None].expand_as(features), features.float())
     count = torch.zeros(frames, tokens, device=features.device)

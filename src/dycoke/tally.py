@@ -15,7 +15,7 @@ from dycoke.models import VideoSpan
 from dycoke.report import Report, SampleReport, VideoReport, share
 from dycoke.rows import Visual
 
-IDLE = "the settings remove nothing (ratios of 0)"
+IDLE = "the settings remove nothing: ratios of 0, or a token_budget of 1.0"
 
 
 @dataclass(eq=False)
@@ -130,7 +130,10 @@ class Tally:
         active = sum(s.active_tokens for s in samples)
         reason = self.reason
         if reason is None and active == visual:
-            reason = "nothing to merge or prune: too few frames, or ratios too small for one token"
+            reason = (
+                "nothing to merge or prune: too few frames, ratios too small for one token, or a "
+                "token_budget of all"
+            )
         return Report(
             engaged=reason is None,
             reason=reason,

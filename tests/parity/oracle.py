@@ -59,6 +59,43 @@ def merge_one_video(
     return keep, into
 
 
+def keep_of_budget(
+    features: Tensor, count: int, window: int, margins: Margins
+) -> tuple[list[list[bool]], list[list[tuple[int, int]]]]:
+    """The same for a budget of ``count`` tokens: what says most stays, the first frame first."""
+    frames, tokens, _ = features.shape
+    features = features.float()
+    unit = features / features.norm(dim=-1, keepdim=True)
+    keep = [[False] * tokens for _ in range(frames)]
+    into = [[(f, n) for n in range(tokens)] for f in range(frames)]
+    value: dict[tuple[int, int], float] = {}
+    alone: list[float] = []
+    for f in range(frames):
+        place = f % window
+        other = f - window if place == 0 else f - 1 if place % 2 else f - place
+        for n in range(tokens):
+            into[f][n] = (max(other, 0), n)
+            like = cosine(unit[f, n], unit[other, n] if f else unit[0].mean(0))
+            if f == 0:
+                alone.append(like)
+            value[f, n] = 2 - like - cosine(unit[f, n], unit[:, n].mean(0))
+    ranked = sorted(range(tokens), key=lambda n: (alone[n], n))
+    certain = min(tokens, max(1, count // 4))
+    margins.gap([-alone[n] for n in ranked], certain)
+    for n in ranked[:certain]:
+        keep[0][n] = True
+    rest = [spot for spot in value if not keep[spot[0]][spot[1]]]
+    rest.sort(key=lambda spot: (-value[spot], spot))
+    margins.gap([value[spot] for spot in rest], count - certain)
+    for f, n in rest[: count - certain]:
+        keep[f][n] = True
+    for f in range(frames):
+        for n in range(tokens):
+            if keep[f][n]:
+                into[f][n] = (f, n)
+    return keep, into
+
+
 def mean_of_merged(
     features: Tensor, keep: list[list[bool]], into: list[list[tuple[int, int]]]
 ) -> Tensor:
@@ -113,6 +150,7 @@ class Oracle:
         self.threshold = options.get("threshold", 0.9)
         self.mean = options.get("mean", False)
         self.compact = options.get("compact", False)
+        self.budget = options.get("budget")  # an int: tokens of one video; a float: a share
         self.videos = options.get("videos", ())  # images in each video; () for one video
         self.rows: list[Row] = []
         self.margins = Margins()
@@ -160,7 +198,13 @@ class Oracle:
             spots = places[cursor : cursor + frames * tokens_per_frame]
             cursor += len(video)
             x = embeds[spots].view(frames, tokens_per_frame, -1)
-            keep, into = merge_one_video(x, self.K, self.window, self.margins)
+            if self.budget is None:
+                keep, into = merge_one_video(x, self.K, self.window, self.margins)
+            else:
+                count = self.budget
+                if isinstance(count, float):
+                    count = max(1, int(count * len(spots) + 1e-6))
+                keep, into = keep_of_budget(x, count, self.window, self.margins)
             self.keep.append(keep)
             if self.mean:
                 embeds[spots] = mean_of_merged(x, keep, into).view(len(spots), -1)

@@ -18,14 +18,16 @@ RATIOS = ((0.7, 0.0), (0.0, 0.7), (0.7, 0.7))
 
 
 def settings_of(K: float, P: float, L: int = 3, **options: Any) -> DyCoke:
+    budget = options.get("budget")
     return DyCoke(
-        merge_ratio=K,
+        merge_ratio=K if budget is None else 0.7,
         prune_ratio=P,
         prune_layer=L,
         window=options.get("window", 4),
         refresh_threshold=options.get("threshold", 0.9),
         merge="mean" if options.get("mean") else "keep",
         positions="compact" if options.get("compact") else "original",
+        token_budget=budget,
     )
 
 
@@ -119,6 +121,28 @@ def test_every_setting_equals_the_oracle(
     model = model_of(family, seed=seed)
     output, run = compressed(model, settings_of(0.7, 0.7, L, **options), inputs)
     check(expected, output, inputs, run.report)
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen3_vl", "gemma4"])
+@pytest.mark.parametrize(
+    ("P", "options"),
+    [
+        (0.7, {"budget": 31}),
+        (0.7, {"budget": 0.1}),
+        (0.0, {"budget": 0.25, "window": 3}),
+        (0.7, {"budget": 0.25, "mean": True}),
+        (0.7, {"budget": 3, "mean": True, "window": 2}),
+    ],
+)
+def test_a_token_budget_equals_the_oracle(family: str, P: float, options: dict[str, Any]) -> None:
+    seed, expected = single(family, 5, 7, 0.7, P, **options)
+    inputs = inputs_of(family, [[7]], [(5, 7)], seed)
+    output, run = compressed(model_of(family, seed=seed), settings_of(0.7, P, **options), inputs)
+    check(expected, output, inputs, run.report)
+    budget = options["budget"]
+    visual = run.report.samples[0].visual_tokens
+    count = budget if isinstance(budget, int) else int(budget * visual + 1e-6)
+    assert run.report.samples[0].kept_tokens == count
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "internvl", "video_llama_3"])

@@ -28,6 +28,7 @@ from dycoke.nano.build import TOKENS_PER_FRAME
 VISUAL = stories.FRAMES * TOKENS_PER_FRAME  # tokens of a story; a newline follows
 CHUNK = 16  # stories whose videos are held at once
 BATCH = 32  # prompts at once: more does not pay on two cores
+NAMES = {"merge_ratio": "K", "token_budget": "B"}  # as lines of the table say it
 LONGEST = {"ask": 12, "describe": 64}  # tokens of an answer
 
 
@@ -44,27 +45,27 @@ class Setting:
         return {} if self.compressor is None else self.compressor.to_dict()
 
 
+SIZES = tuple({"merge_ratio": ratio} for ratio in (0.3, 0.5, 0.7))
+
+
 def standard_settings(
-    merge_ratios: Sequence[float] = (0.3, 0.5, 0.7), prune_ratio: float = 0.7, prune_layer: int = 3
+    sizes: Sequence[dict[str, Any]] = SIZES, prune_ratio: float = 0.7, prune_layer: int = 3
 ) -> list[Setting]:
-    """Full, DyCoke at some merge ratios, and the controls at the last of them."""
+    """Full, DyCoke at some merge ratios or token budgets, and the controls at the last of them."""
 
-    def name(method: str, merge_ratio: float) -> str:
-        return f"{method} K={merge_ratio} P={prune_ratio} L={prune_layer}"
+    def line(method: str, make: type[DyCoke], size: dict[str, Any], **more: Any) -> Setting:
+        what = " ".join(f"{NAMES[key]}={value}" for key, value in size.items())
+        compressor = make(**size, prune_ratio=prune_ratio, prune_layer=prune_layer, **more)
+        return Setting(f"{method} {what} P={prune_ratio} L={prune_layer}", method, compressor)
 
-    lines = [Setting("full", "full", None)]
-    lines += [
-        Setting(name("dycoke", ratio), "dycoke", DyCoke(ratio, prune_ratio, prune_layer))
-        for ratio in merge_ratios
+    last = sizes[-1]
+    return [
+        Setting("full", "full", None),
+        *(line("dycoke", DyCoke, size) for size in sizes),
+        line("random", RandomTokens, last),
+        line("fewer-frames", FewerFrames, last),
+        line("once", DyCoke, last, refresh_threshold=0),
     ]
-    last = merge_ratios[-1]
-    controls: dict[str, Compressor] = {
-        "random": RandomTokens(last, prune_ratio, prune_layer),
-        "fewer-frames": FewerFrames(last, prune_ratio, prune_layer),
-        "once": DyCoke(last, prune_ratio, prune_layer, refresh_threshold=0),
-    }
-    lines += [Setting(name(method, last), method, c) for method, c in controls.items()]
-    return lines
 
 
 @dataclass

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from dycoke.checks import check_ratio
 from dycoke.compressor import Compressor, DyCoke
 from dycoke.methods.controls import FewerFrames, RandomTokens
 from dycoke.methods.fastv import FastV
@@ -34,25 +35,17 @@ class Method:
     make: Callable[..., Compressor | None]
 
 
-def _merge_ratio(ratio: float) -> float:
-    """The merge ratio K that removes ``ratio`` of the tokens of full windows of 4 frames."""
-    if not 0 <= ratio < 0.75:
-        raise ValueError(
-            f"ratio must be in [0, 0.75) where windows of 4 keep their anchor whole, got {ratio!r}"
-        )
-    return ratio / 0.75
-
-
 def _full(ratio: float = 0.0) -> None:
     """No compressor, whatever the others are asked to remove."""
 
 
 def _merging(method: type[DyCoke], **settings: Any) -> Callable[..., Compressor]:
-    """The factory of a method that counts as DyCoke does."""
+    """The factory of a method that counts as DyCoke does: a share to remove is a token budget."""
 
     def make(ratio: float | None = None) -> Compressor:
-        share: dict[str, Any] = {} if ratio is None else {"merge_ratio": _merge_ratio(ratio)}
-        return method(**share, **settings)
+        if ratio is None:
+            return method(**settings)
+        return method(**settings, token_budget=1.0 - check_ratio("ratio", ratio))
 
     return make
 
@@ -103,7 +96,8 @@ def create(name: str, ratio: float | None = None) -> Compressor | None:
     Parameters
     ----------
     name : a key of `METHODS`.
-    ratio : share of the visual tokens to remove; None for the method's own default setting.
+    ratio : share of the visual tokens to remove before the LLM, in [0, 1); None for the method's
+        own default setting.
 
     Raises
     ------

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dycoke.clip import CLIP, Clip
 from dycoke.compressor import DyCoke
-from dycoke.merging import merge_mask
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class RandomTokens(DyCoke):
     seed: int = 0
 
     def merge_tokens(self, features: Tensor, clip: Clip = CLIP) -> tuple[Tensor, Tensor]:
-        keep = merge_mask(features, self.merge_ratio, self.window)
+        keep = self.keep_mask(features, clip)
         mark = zlib.crc32(features[0, 0].float().cpu().numpy().tobytes(), self.seed)
         order = torch.randperm(keep.numel(), generator=torch.Generator().manual_seed(mark))
         chosen = torch.zeros(keep.numel(), dtype=torch.bool)
@@ -37,7 +36,7 @@ class FewerFrames(DyCoke):
     """Whole frames, evenly spaced, not more tokens than DyCoke keeps, and at least one frame."""
 
     def merge_tokens(self, features: Tensor, clip: Clip = CLIP) -> tuple[Tensor, Tensor]:
-        keep = merge_mask(features, self.merge_ratio, self.window)
+        keep = self.keep_mask(features, clip)
         frames, tokens = keep.shape
         count = max(1, int(keep.sum()) // tokens)
         # The first and the last frame are among them; one frame is the middle one.
