@@ -64,7 +64,7 @@ def test_prompts_are_those_of_the_processor(assistant: Assistant) -> None:
     story = stories.make("seen", 5)
     question, _ = stories.questions(story)[0]
     task = storyqa.StoryQA(assistant, "seen", 5, 1)
-    features = task._encode(story)
+    features, _ = task._encode(story)
     content = [{"type": "video"}, {"type": "text", "text": question}]
     text = assistant.processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False

@@ -353,7 +353,7 @@ def _over_retention(
         out.print(table)
     out.print(curves.LEGEND)
     if picture is not None:
-        curves.picture(rows, title, picture)
+        curves.picture(rows, title).savefig(picture, format="png")
         out.print(f"saved {picture}: accuracy over retention")
     if json_file is not None:
         _finish({"stories": count, "seed": seed, "split": split, "results": rows}, json_file)

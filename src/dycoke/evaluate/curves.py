@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from dycoke.evaluate.retention import BASES, TASKS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 
@@ -72,8 +74,8 @@ LEGEND = (
 )
 
 
-def picture(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Save accuracy over retention: a panel per task and basis, a line per method.
+def picture(rows: Sequence[Row], title: str) -> Figure:
+    """Accuracy over retention: a panel per task and basis, a line per method.
 
     Shaded are 95 % Wilson intervals; an open mark is a share that the method could not reach.
     """
@@ -123,4 +125,4 @@ def picture(rows: Sequence[Row], title: str, path: Path) -> None:
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=9)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, format="png")
+    return figure

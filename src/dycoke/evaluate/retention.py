@@ -8,11 +8,11 @@ dynamic cache keeps more than it attends to.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dycoke import methods
-from dycoke.compressor import DyCoke
+from dycoke.compressor import Compressor, DyCoke
 from dycoke.evaluate.stats import Count, paired_difference, wilson
 from dycoke.evaluate.storyqa import Scores, Setting
 from dycoke.methods.composed import Composed
@@ -75,13 +75,13 @@ def points(names: Sequence[str], retentions: Sequence[float] = RETENTIONS) -> li
 def _points(name: str, share: float) -> list[Point]:
     before, _, after = (part.strip() for part in name.partition("+"))
     if after:
-        first, threshold = methods.create(before, 1 - share), _threshold(after)
+        first, threshold = _one_shot(before, share), _threshold(after)
         if first is None:
             raise ValueError(f"{name!r}: nothing is composed with the full model")
         cache = DyCoke(merge_ratio=0, prune_ratio=PRUNE_RATIO, refresh_threshold=threshold)
         return [_point(f"{before} + {after}", share, ("kept",), Composed(first, cache))]
     if name not in DYNAMIC:
-        return [_point(name, share, BASES, methods.create(name, 1 - share))]
+        return [_point(name, share, BASES, _one_shot(name, share))]
     threshold = _threshold(name)
     kept = DyCoke(token_budget=share, prune_ratio=PRUNE_RATIO, refresh_threshold=threshold)
     # METHOD.md: up to a share of .3 the tokens that are kept shrink, above it all are kept.
@@ -98,6 +98,13 @@ def _points(name: str, share: float) -> list[Point]:
         _point(name, share, ("kept",), kept),
         _point(name, share, ("attended",), attended),
     ]
+
+
+def _one_shot(name: str, share: float) -> Compressor | None:
+    """A method at a share of the tokens, which every step attends to."""
+    method = methods.create(name, 1 - share)
+    # The controls come with DyCoke's cache, where nothing else is asked of them.
+    return replace(method, prune_ratio=0) if isinstance(method, DyCoke) else method
 
 
 def _threshold(name: str) -> float:
