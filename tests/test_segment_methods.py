@@ -141,7 +141,7 @@ def naive_fastvid(features: torch.Tensor, clip: Clip, method: FastVID) -> Kept:
 
 
 def naive_cut(same: list[list[bool]], most: int) -> list[int]:
-    """Of all cuts of len(same) + 1 frames the one that saves most; its last segments are short."""
+    """Of all cuts of a video the one that saves most, its last segments the shortest."""
     found: tuple[int, list[int]] | None = None
     for cuts in product([False, True], repeat=len(same)):
         lengths = [1]

@@ -43,11 +43,13 @@ def segment_lengths(features: Tensor, segments: int, threshold: float) -> list[i
 def distances(tokens: Tensor) -> Tensor:
     """Euclidean distances between tokens (..., M, D), over sqrt(D): shape (..., M, M).
 
-    A token is at exactly 0 of itself.
+    A token is at exactly 0 of itself, and two are as far from one another: nearest neighbours of
+    each other are equally dense, and such ties must not fall by rounding.
     """
     # Centred, so that what all tokens have in common takes no digits from the differences.
     centred = tokens - tokens.mean(-2, keepdim=True)
     product = centred @ centred.mT
+    product = (product + product.mT) / 2
     square = product.diagonal(dim1=-2, dim2=-1)
     squares = square[..., :, None] + square[..., None, :] - 2 * product
     return (squares.clamp(min=0) / tokens.shape[-1]).sqrt()
