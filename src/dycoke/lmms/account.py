@@ -25,7 +25,7 @@ class Account:
         self, compressor: Compressor, log: Any, record: Callable[[dict[str, float]], object]
     ) -> None:
         self.compressor, self._log, self._record = compressor, log, record
-        self.generations = self.engaged = self.failed = 0
+        self.generations = self.engaged = self.failed = self.samples = 0
         self._retention = self._final = 0.0
         self._refusal: UnsupportedError | None = None
         self._reason: str | None = None
@@ -33,6 +33,7 @@ class Account:
     def add(self, report: Report) -> None:
         """Take in one generation."""
         self.generations += 1
+        self.samples += len(report.samples)
         if report.engaged:
             self.engaged += 1
             self._retention += report.retention
@@ -65,8 +66,12 @@ class Account:
             f"{sums['final_retention']:.2%} of the visual tokens; {self.compressor!r}"
         )
 
-    def close(self) -> None:
+    def close(self, missing: int = 0) -> None:
         """Tell the sums, and refuse scores that would not be this method's.
+
+        Parameters
+        ----------
+        missing : requests that were answered without the compressed model.
 
         Raises
         ------
@@ -75,8 +80,11 @@ class Account:
         """
         self._log.info(str(self))
         self._record(self.summary())
-        if self.failed:
-            self._log.warning(f"{self.failed} generations failed and count as empty answers")
+        if missing > 0:
+            self._log.warning(
+                f"{missing} answers are not of the compressed model: its generation failed "
+                f"({self.failed} so far), or something else answered"
+            )
         if self._refusal is not None:
             raise self._refusal
         if self.generations and not self.engaged and not self.compressor.idle:
@@ -121,8 +129,9 @@ def compress(lm: Any, account: Account, frames: str | None = None) -> None:
     def closing(answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
         @functools.wraps(answer)
         def answers(requests: Any) -> Any:
+            before = account.samples
             results = answer(requests)
-            account.close()
+            account.close(len(requests) - (account.samples - before))
             return results
 
         return answers

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dycoke import nano
-from dycoke.assistant import Assistant
+from dycoke.assistant import Assistant, best_device, best_dtype
 from dycoke.errors import UnsupportedError
 from dycoke.lmms.account import Account, compress, refuse_likelihoods
 from dycoke.lmms.prompts import generation, video_and_question
@@ -87,7 +87,7 @@ class Dycoke(lmms):
         else:
             model = AutoModelForImageTextToText.from_pretrained(
                 source,
-                dtype=dtype or "auto",
+                dtype=dtype or best_dtype(best_device()),
                 attn_implementation=attn_implementation,
                 device_map=device_map,
             )
