@@ -143,7 +143,7 @@ def test_how_many_frames_fit(monkeypatch: Any) -> None:
     vision = SimpleNamespace(hidden_size=1152, intermediate_size=4304, num_hidden_layers=26)
     config = SimpleNamespace(vision_config=vision)
     fits = functools.partial(memory.frames_that_fit, device=torch.device("cpu"))
-    frame = 729 * 2 * (6 * 1152 + 3 * 4304)
+    frame = 729 * 2 * (12 * 1152 + 3 * 4304)
     for free, expected in ((0, 2), (frame * 4, 2), (frame * 20 - 1, 9), (frame * 20, 10)):
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
         assert fits(config, 729, 2) == expected
@@ -152,13 +152,13 @@ def test_how_many_frames_fit(monkeypatch: Any) -> None:
     counts = [fits(config, patches, 2) for patches in (1, 81, 256, 729, 1024, 4096)]
     assert counts == sorted(counts, reverse=True) and len(set(counts)) == 6
     config.vision_feature_layer = -1  # may keep what every layer gives
-    assert fits(config, 729, 2) == 100 * (6 * 1152 + 3 * 4304) // (32 * 1152 + 3 * 4304)
+    assert fits(config, 729, 2) == 100 * (12 * 1152 + 3 * 4304) // (38 * 1152 + 3 * 4304)
     del config.vision_feature_layer
     vision._attn_implementation, vision.num_heads = "eager", 16  # has attention maps
-    assert fits(config, 729, 2) == 100 * 19824 // (19824 + 4 * 16 * 729)
+    assert fits(config, 729, 2) == 100 * 26736 // (26736 + 4 * 16 * 729)
     vision.embed_dim, vision.hidden_size, vision.mlp_ratio = 1280, 3584, 4
     del vision.intermediate_size, vision._attn_implementation
-    assert memory.frame_bytes(config, 100, 2) == 200 * 18 * 1280
+    assert memory.frame_bytes(config, 100, 2) == 200 * 24 * 1280
     monkeypatch.setattr(memory, "free_memory", lambda device: 0)
     for unknown in (SimpleNamespace(), SimpleNamespace(vision_config=SimpleNamespace())):
         assert fits(unknown, 729, 2) == memory.FALLBACK

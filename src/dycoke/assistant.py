@@ -129,7 +129,9 @@ class Assistant:
         try:
             inputs = self.processor(
                 text=[text],
-                videos=[video.frames],
+                videos=[
+                    [video.frames]
+                ],  # per prompt, as SmolVLM's of transformers 5.17 counts them
                 video_metadata=[metadata],
                 do_sample_frames=False,  # they are sampled already
                 return_tensors="pt",

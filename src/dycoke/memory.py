@@ -68,8 +68,8 @@ def frame_bytes(config: Any, patches: int, item: int) -> int | None:
 
     Notes
     -----
-    ``patches * item * (6 hidden + 3 intermediate)``, on the safe side of one block: its input, the
-    normed input and q, k, v with what attention gives; or its MLP, gated. SDPA and FlashAttention
+    ``patches * item * (12 hidden + 3 intermediate)``, on the safe side of one block: its input, q,
+    k and v, and what rotating q and k in float32 takes; or its MLP, gated. SDPA and FlashAttention
     hold no attention map; eager attention holds it in four forms, ``4 heads * patches`` more.
     Families that pick a layer's output (``vision_feature_layer``) keep that of every layer in
     older releases: ``layers * hidden`` more.
@@ -79,7 +79,7 @@ def frame_bytes(config: Any, patches: int, item: int) -> int | None:
     if vision is None or not hidden:
         return None
     inner = _first(vision, "intermediate_size") or hidden * _first(vision, "mlp_ratio", default=4)
-    width = 6 * hidden + 3 * inner
+    width = 12 * hidden + 3 * inner
     if getattr(config, "vision_feature_layer", None) is not None:
         width += _first(vision, "num_hidden_layers", "depth") * hidden
     if getattr(vision, "_attn_implementation", None) == "eager":
