@@ -11,8 +11,8 @@ Prediction: whole, every frame costs its pixels and the encoder's widest moment 
 MLP width x 2, and a few residual streams), about 6 MB a frame here beyond the pixels; in chunks of
 16 that part is constant, and what grows are pixels (1.7 MB a frame in float32), pooled features,
 prompt embeddings and KV rows. "auto" is shown a machine with ``--free`` MiB: with 400 it may plan
-with 200, at 10 MiB a frame by its formula, so that it should take 20 frames at once and lie a little
-above the chunks of 16.
+with 200, at 10 MiB a frame by its formula, so that it should take 20 frames at once and lie a
+little above the chunks of 16.
 """
 
 from __future__ import annotations

@@ -121,6 +121,26 @@ def test_unequal_videos(family: str) -> None:
         assert len(at_once) < 13 / frames * 2
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "glm4v", "video_llama_3"])
+@pytest.mark.parametrize("kind", ["image", "video"])
+@torch.no_grad()
+def test_grids_and_merge_sizes_stay_with_their_videos(family: str, kind: str) -> None:
+    model = model_of(family)
+    slices = [1, 1, 1, 1, 1] if kind == "image" else [2, 1, 3, 1, 2]
+    sides = [(4, 6), (2, 4), (4, 4), (6, 2), (2, 2)]
+    grids = torch.tensor([[t, *side] for t, side in zip(slices, sides, strict=True)])
+    width = inputs_of(family, *CLIPS["one"])["pixel_values_videos"].shape[-1]
+    g = torch.Generator().manual_seed(3)
+    pixels = torch.randn(int(grids.prod(1).sum()), width, generator=g)
+    inputs = {f"{kind}_grid_thw": grids, f"{kind}_merge_sizes": torch.tensor([2, 1, 2, 1, 1])}
+    inputs["pixel_values" if kind == "image" else "pixel_values_videos"] = pixels
+    for frames in (2, 3):
+        ours, whole, calls = chunked(model, inputs, frames)
+        same(ours, whole)
+        assert len(calls) == -(-sum(slices) // frames)
+        assert torch.equal(torch.cat(calls), pixels)
+
+
 @families
 @torch.no_grad()
 def test_auto_takes_what_fits_in_half_of_free_memory(family: str, monkeypatch: Any) -> None:
