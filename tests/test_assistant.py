@@ -145,9 +145,10 @@ class _Refusing:
 
 def test_frames_that_a_processor_refuses(load: Any, clip: Path, monkeypatch: Any) -> None:
     assistant = load("llava_onevision")
-
     monkeypatch.setattr(assistant, "processor", _Refusing(assistant.processor))
-    message = r"llava_onevision processor does not take 5 frames of \d+ x \d+ pixels \(too wide\)"
+    message = (
+        r"llava_onevision processor does not take 5 frames of \d+ x \d+ pixels here \(too wide\)"
+    )
     for ask in (assistant.ask, lambda video, question: assistant.watch(video)):
         with pytest.raises(UnsupportedError, match=message):
             ask(read(clip, 5), "what happens")

@@ -129,9 +129,8 @@ class Assistant:
         try:
             inputs = self.processor(
                 text=[text],
-                videos=[
-                    [video.frames]
-                ],  # per prompt, as SmolVLM's of transformers 5.17 counts them
+                # Per prompt, as SmolVLM's of transformers 5.17 counts them.
+                videos=[[video.frames]],
                 video_metadata=[metadata],
                 do_sample_frames=False,  # they are sampled already
                 return_tensors="pt",
@@ -227,7 +226,8 @@ class Assistant:
         what += f"frame{'s' * (count != 1)} of {width} x {height} pixels"
         if count < least:
             return f"{what}: it needs at least {least}; sample more (--frames, frames=)"
-        return f"{what} ({error}); try another number of frames, or a clip of another size"
+        what += f" here ({error}); if that is about the frames, try another number of them"
+        return f"{what} or a clip of another size"
 
     def _answer(
         self,
