@@ -9,7 +9,8 @@ Prediction: n questions one by one cost n (encode + prefill + answer), watched o
 encode + prefill + n (short prefill + answer), so the ratio tends to (encode + prefill + answer) /
 answer and cannot be above n. For the embedded model (24 frames x 36 tokens) prefill grows with the
 frames and an answer of 8 tokens hardly does, so the ratio should lie above that with 16 frames
-(1.75x full, 1.56x with DyCoke on 2 cores): about 2x full, 1.8x with DyCoke.
+(1.75x full, 1.56x with DyCoke on 2 cores): about 2x full, 1.8x with DyCoke. Measured with
+``--repeat 5`` on 2 cores, load 2.4: 2.56x full, 1.94x with DyCoke, so the prediction was too low.
 """
 
 from __future__ import annotations
