@@ -7,8 +7,10 @@ One JSON line comes last.
 
 Prediction: n questions one by one cost n (encode + prefill + answer), watched once they cost
 encode + prefill + n (short prefill + answer), so the ratio tends to (encode + prefill + answer) /
-answer and cannot be above n. For the embedded model (16 frames x 36 tokens, where an answer of 8
-tokens takes about as long as prefill) 8 questions should take half the time or a little less.
+answer and cannot be above n. For the embedded model (24 frames x 36 tokens) prefill grows with the
+frames and an answer of 8 tokens hardly does, so the ratio should lie above that with 16 frames
+(1.75x full, 1.56x with DyCoke on 2 cores): about 2x full, 1.8x with DyCoke. Measured with
+``--repeat 5`` on 2 cores, load 2.4: 2.56x full, 1.94x with DyCoke, so the prediction was too low.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--video", required=True)
     parser.add_argument("--model", help="directory or hub id [default: the embedded model]")
-    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--frames", type=int, default=24)
     parser.add_argument("--questions", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=3)

@@ -1,4 +1,4 @@
-"""Peak memory of a long video, the encoder whole and in chunks of frames.
+"""Peak memory of a long video, the encoder whole, in chunks of frames, and in chunks by memory.
 
 Each line is a process of its own, whose peak resident memory is what the system counted, less what
 it was before the video came. A LLaVA-OneVision in its true classes and resolution (384 pixels, 729
@@ -10,7 +10,9 @@ line comes last.
 Prediction: whole, every frame costs its pixels and the encoder's widest moment (729 patches x
 MLP width x 2, and a few residual streams), about 6 MB a frame here beyond the pixels; in chunks of
 16 that part is constant, and what grows are pixels (1.7 MB a frame in float32), pooled features,
-prompt embeddings and KV rows.
+prompt embeddings and KV rows. "auto" is shown a machine with ``--free`` MiB: with 400 it may plan
+with 200, at 10 MiB a frame by its formula, so that it should take 20 frames at once and lie a
+little above the chunks of 16.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from dycoke import DyCoke
+from dycoke import DyCoke, memory
 from dycoke.encoding import encode_in_chunks
 
 VIDEO_TOKEN, PER_FRAME = 501, 196
@@ -69,8 +71,10 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(frames: int, chunk: int) -> dict[str, Any]:
+def measure(frames: int, chunk: int, free: int) -> dict[str, Any]:
+    """``chunk``: frames at once; 0 for all of them, -1 for "auto" with ``free`` MiB."""
     model = build()
+    memory.free_memory = lambda device: free * 2**20
     # Once through with two frames, so that libraries have what they allocate once.
     for count in (2, frames):
         if count == frames:
@@ -80,7 +84,7 @@ def measure(frames: int, chunk: int) -> dict[str, Any]:
         pixels = torch.rand(1, count, 3, 384, 384)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with DyCoke()(model) as run, torch.inference_mode():
-            with encode_in_chunks(model, chunk or count):
+            with encode_in_chunks(model, "auto" if chunk < 0 else chunk or count):
                 model.generate(
                     **inputs, pixel_values_videos=pixels, max_new_tokens=4, pad_token_id=0
                 )
@@ -88,7 +92,7 @@ def measure(frames: int, chunk: int) -> dict[str, Any]:
     grown = peak() - before
     return {
         "frames": frames,
-        "chunk": chunk,
+        "chunk": "auto" if chunk < 0 else chunk,
         "peak_mib": round(grown),
         "kept": run.report.retention,
     }
@@ -98,20 +102,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--frames", type=int, nargs="*", default=[32, 128, 512])
     parser.add_argument("--chunk", type=int, default=16)
-    parser.add_argument("--child", type=int, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--free", type=int, default=400, help='MiB that "auto" is shown as free')
+    parser.add_argument("--child", type=int, nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(measure(*args.child)))
         return
     lines = []
     for frames in args.frames:
-        for chunk in (0, args.chunk):
-            command = [sys.executable, __file__, "--child", str(frames), str(chunk)]
+        for chunk in (0, args.chunk, -1):
+            numbers = map(str, (frames, chunk, args.free))
+            command = [sys.executable, __file__, "--child", *numbers]
             output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             lines.append(json.loads(output.splitlines()[-1]))
             print(lines[-1], flush=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    print(json.dumps({**versions, "lines": lines}))
+    print(json.dumps({**versions, "free_mib": args.free, "lines": lines}))
 
 
 if __name__ == "__main__":

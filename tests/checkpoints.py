@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -18,10 +19,14 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    SmolVLMImageProcessor,
+    SmolVLMProcessor,
+    SmolVLMVideoProcessor,
     VideoLlama3ImageProcessor,
     VideoLlama3Processor,
     VideoLlama3VideoProcessor,
 )
+from transformers.models.smolvlm import processing_smolvlm
 
 from dycoke.nano.build import build
 
@@ -148,4 +153,29 @@ def video_llama_3(folder: Path) -> Path:
     return _save(tiny.video_llama_3(), processor, folder / "video_llama_3")
 
 
-CHECKPOINTS = {f.__name__: f for f in (llava_onevision, qwen2_5_vl, glm4v, internvl, video_llama_3)}
+def smolvlm(folder: Path) -> Path:
+    """Its processor makes images of a video's frames, and writes their number as a word."""
+    if processing_smolvlm.num2words is None:
+        pytest.skip("its processor needs the package num2words")
+    special = {
+        tiny.IMAGE: "<image>",
+        tiny.VIDEO: "<video>",
+        tiny.VISION_START: "<fake_token_around_image>",
+        tiny.VISION_END: "<global-img>",
+        tiny.EOS + 1: "<end_of_utterance>",
+    }
+    sizes = {"size": {"longest_edge": 24}, "max_image_size": {"longest_edge": 24}}
+    sampling = {"max_frames": 64, "fps": 1, "video_size": {"longest_edge": 24}}
+    processor = SmolVLMProcessor(
+        image_processor=SmolVLMImageProcessor(**sizes, do_image_splitting=False),
+        tokenizer=_tokenizer(special, image_token="<image>", video_token="<video>"),
+        video_processor=SmolVLMVideoProcessor(**sizes, video_sampling=sampling),
+        image_seq_len=9,
+        chat_template=template("<video>"),
+    )
+    return _save(tiny.smolvlm(), processor, folder / "smolvlm")
+
+
+CHECKPOINTS = {
+    f.__name__: f for f in (llava_onevision, qwen2_5_vl, glm4v, internvl, smolvlm, video_llama_3)
+}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import untouched
 
-from dycoke import DyCoke
+from dycoke import DyCoke, UnsupportedError
 from dycoke.assistant import Assistant, best_dtype
 from dycoke.video import VideoError, read
 
@@ -45,7 +45,7 @@ def test_the_answer_is_that_of_the_users_own_call(family: str, load: Any, clip: 
     with untouched(assistant.model):
         answer = assistant.ask(video, "what happens", DyCoke(), max_new_tokens=6)
     inputs = assistant.prepare(video, "what happens")
-    frames = "images" if family == "internvl" else None
+    frames = "images" if family in ("internvl", "smolvlm") else None
     with DyCoke()(assistant.model, frames=frames) as run:
         ids = assistant.model.generate(**inputs, max_new_tokens=6, do_sample=False)
     new = ids[0, inputs["input_ids"].shape[1] :]
@@ -120,12 +120,38 @@ def test_stages_are_timed_apart(family: str, load: Any, clip: Path) -> None:
 @every
 def test_frame_counts(family: str, frames: int, load: Any, clip: Path) -> None:
     if family == "glm4v" and frames == 1:
-        pytest.skip("its processor takes two frames at least")
+        with pytest.raises(UnsupportedError, match=r"1 frame of .* at least 2; sample more"):
+            load(family).ask(clip, "what happens", frames=frames)
+        return
     answer = load(family).ask(clip, "what happens", DyCoke(), frames=frames, max_new_tokens=3)
     assert answer.report is not None
     taken = min(frames, FRAMES)
     expected = -(-taken // 2) if family in FUSED else taken
     assert answer.report.samples[0].frames == expected
+
+
+class _Refusing:
+    """A processor that takes no frames."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._processor, name)
+
+    def __call__(self, **_: Any) -> None:
+        raise ValueError("too wide")
+
+
+def test_frames_that_a_processor_refuses(load: Any, clip: Path, monkeypatch: Any) -> None:
+    assistant = load("llava_onevision")
+    monkeypatch.setattr(assistant, "processor", _Refusing(assistant.processor))
+    message = (
+        r"llava_onevision processor does not take 5 frames of \d+ x \d+ pixels here \(too wide\)"
+    )
+    for ask in (assistant.ask, lambda video, question: assistant.watch(video)):
+        with pytest.raises(UnsupportedError, match=message):
+            ask(read(clip, 5), "what happens")
 
 
 def test_devices_and_dtypes() -> None:

@@ -107,6 +107,37 @@ def test_another_model_by_directory(run: Any, clip: Path, qwen: Path) -> None:
     assert "random weights" not in err
 
 
+def test_a_package_that_a_processor_lacks(
+    run: Any, clip: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    name = "transformers.models.smolvlm.processing_smolvlm.num2words"
+    monkeypatch.setattr(name, str)
+    folder = checkpoints.smolvlm(tmp_path)
+    monkeypatch.setattr(name, None)
+    code, out, err = run("run", clip, "--model", folder, "--frames", 3, "--json")
+    assert (code, out) == (2, "")
+    assert len([line for line in err.splitlines() if line.startswith("dycoke: ")]) == 1
+    assert "cannot load the model" in err and "pip install num2words" in err
+
+
+@pytest.mark.parametrize("more", [(), ("--compare",), ("--no-compress",)])
+def test_frames_that_a_processor_refuses(
+    run: Any, clip: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    folder = checkpoints.glm4v(tmp_path)
+    code, out, err = run("run", clip, "--model", folder, "--frames", 1, "--json", *more)
+    assert (code, out) == (2, "")
+    assert len([line for line in err.splitlines() if line.startswith("dycoke: ")]) == 1
+    assert "glm4v processor does not take 1 frame" in err
+    assert "it needs at least 2; sample more (--frames, frames=)" in err
+
+
+def test_the_encoder_takes_as_many_frames_as_told(run: Any, clip: Path) -> None:
+    args = ("run", clip, "--frames", 9, "--max-new-tokens", 3, "--json", "--encode-frames")
+    texts = {json.loads(run(*args, at_once)[1])["text"] for at_once in (2, 100, "auto")}
+    assert len(texts) == 1
+
+
 def test_the_text_and_the_table_go_to_stdout(run: Any, clip: Path) -> None:
     code, out, err = run("run", clip, "--frames", 5, "--max-new-tokens", 5)
     assert code == 0
@@ -179,6 +210,8 @@ def test_version_and_help(run: Any) -> None:
         (("run", "{clip}", "--prune-layer", "99"), "prune_layer=99 leaves no layer"),
         (("run", "{clip}", "--frames", "0"), "--frames"),
         (("run", "{clip}", "--frames", "many"), "--frames"),
+        (("run", "{clip}", "--encode-frames", "1"), "at least 2, got '1'"),
+        (("run", "{clip}", "--encode-frames", "all"), "must be auto or a number of at least 2"),
         (("run", "{clip}", "--compare", "--no-compress"), "exclude each other"),
         (("run", "{clip}", "--model", "/no/such/folder"), "/no/such/folder"),
         (("run", "{clip}", "--model", "{folder}"), "cannot load the model"),

@@ -16,7 +16,8 @@ from transformers.video_utils import VideoMetadata
 from dycoke import nano
 from dycoke.cache import DycokeCache
 from dycoke.compressor import Compressor
-from dycoke.encoding import encode_in_chunks
+from dycoke.encoding import AUTO, encode_in_chunks
+from dycoke.errors import UnsupportedError
 from dycoke.finder import own_frames, processor_options
 from dycoke.lead import Lead, lead_of
 from dycoke.report import Report
@@ -24,8 +25,6 @@ from dycoke.tally import Trace
 from dycoke.timing import Stopwatch, Timings
 from dycoke.video import Video, read
 
-# Frames that the vision encoder takes at once. Beyond a handful an encoder is not faster for more.
-ENCODE_FRAMES = 16
 # Sampling's settings are left over in many generation configs, and warned about in greedy search.
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
@@ -111,7 +110,13 @@ class Assistant:
         return cls(model.to(device).eval(), AutoProcessor.from_pretrained(source))
 
     def prepare(self, video: Video, question: str) -> dict[str, Any]:
-        """The model's inputs for one video and one question, on the model's device."""
+        """The model's inputs for one video and one question, on the model's device.
+
+        Raises
+        ------
+        UnsupportedError
+            Where the processor does not take these frames.
+        """
         metadata = VideoMetadata(
             total_num_frames=video.total_frames,
             fps=video.fps,
@@ -120,14 +125,19 @@ class Assistant:
             width=video.frames.shape[2],
             duration=video.duration,
         )
-        inputs = self.processor(
-            text=[self.chat(question)],
-            videos=[video.frames],
-            video_metadata=[metadata],
-            do_sample_frames=False,  # they are sampled already
-            return_tensors="pt",
-            **processor_options(self.model.config),
-        )
+        text = self.chat(question)
+        try:
+            inputs = self.processor(
+                text=[text],
+                # Per prompt, as SmolVLM's of transformers 5.17 counts them.
+                videos=[[video.frames]],
+                video_metadata=[metadata],
+                do_sample_frames=False,  # they are sampled already
+                return_tensors="pt",
+                **processor_options(self.model.config),
+            )
+        except ValueError as error:
+            raise UnsupportedError(self._refused(video, error)) from error
         prepared: dict[str, Any] = inputs.to(self.model.device, self.model.dtype)
         return prepared
 
@@ -140,7 +150,7 @@ class Assistant:
         max_new_tokens: int = 128,
         on_text: Callable[[str], None] | None = None,
         trace: bool = False,
-        encode_frames: int = ENCODE_FRAMES,
+        encode_frames: int | str = AUTO,
         **generate: Any,
     ) -> Answer:
         """Answer a question about a video, greedily unless ``generate`` says otherwise.
@@ -154,7 +164,8 @@ class Assistant:
         max_new_tokens : length limit of the answer.
         on_text : called with each piece of text as it comes.
         trace : keep what the compressor kept and attended to.
-        encode_frames : most frames that the vision encoder takes at once, at least 2.
+        encode_frames : most frames that the vision encoder takes at once, at least 2; or "auto",
+            as many as fit in half of the free memory.
         generate : further arguments of the model's own ``generate``.
 
         Raises
@@ -162,7 +173,8 @@ class Assistant:
         VideoError
             Where the file cannot be read as a video.
         UnsupportedError
-            Where the compressor cannot work on this model.
+            Where the compressor cannot work on this model, or the processor does not take the
+            frames.
         """
         began = time.perf_counter()
         if not isinstance(video, Video):
@@ -179,7 +191,7 @@ class Assistant:
         compressor: Compressor | None = None,
         frames: int = 32,
         trace: bool = False,
-        encode_frames: int = ENCODE_FRAMES,
+        encode_frames: int | str = AUTO,
     ) -> Seen:
         """Encode and prefill a video once, and then ask it any number of questions.
 
@@ -205,6 +217,17 @@ class Assistant:
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         return text
+
+    def _refused(self, video: Video, error: ValueError) -> str:
+        """What to say where the processor did not take the frames."""
+        count, height, width = video.frames.shape[:3]
+        least = getattr(self.processor.video_processor, "temporal_patch_size", 1)
+        what = f"the {self.model.config.model_type} processor does not take {count} "
+        what += f"frame{'s' * (count != 1)} of {width} x {height} pixels"
+        if count < least:
+            return f"{what}: it needs at least {least}; sample more (--frames, frames=)"
+        what += f" here ({error}); if that is about the frames, try another number of them"
+        return f"{what} or a clip of another size"
 
     def _answer(
         self,

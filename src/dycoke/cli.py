@@ -98,8 +98,9 @@ def run(
     ] = None,
     frames: Annotated[int, typer.Option(min=1, help="Frames to sample.")] = 32,
     encode_frames: Annotated[
-        int, typer.Option(min=2, help="Most frames that the vision encoder takes at once.")
-    ] = 16,
+        str,
+        typer.Option(help="Most frames that the vision encoder takes at once, or auto: by memory."),
+    ] = "auto",
     merge_ratio: Annotated[
         float, typer.Option(help="Share of a non-anchor frame's tokens to merge, [0, 1).")
     ] = 0.7,
@@ -126,10 +127,11 @@ def run(
     """Ask a video LLM about a video, with DyCoke."""
     if compare and no_compress:
         raise BadInput("--compare and --no-compress exclude each other; drop one")
+    at_once = _encode_frames(encode_frames)
     clip, video_s = _read(video, frames)  # first, since a bad file can be told at once
     settings = _settings(merge_ratio, prune_ratio, prune_layer, _budget(token_budget))
     assistant = _load(model, device, dtype)
-    session = _Session(assistant, clip, video_s, prompt, max_new_tokens, as_json, encode_frames)
+    session = _Session(assistant, clip, video_s, prompt, max_new_tokens, as_json, at_once)
     if compare:
         session.warm_up()
     full = session.ask(None) if compare or no_compress else None
@@ -522,6 +524,15 @@ def _read(path: Path, frames: int) -> tuple[Video, float]:
     return clip, time.perf_counter() - began
 
 
+def _encode_frames(value: str) -> int | str:
+    """ "auto", or a number of at least 2."""
+    if value == "auto":
+        return value
+    if not value.isdecimal() or int(value) < 2:
+        raise BadInput(f"--encode-frames must be auto or a number of at least 2, got {value!r}")
+    return int(value)
+
+
 def _budget(text: str | None) -> int | float | None:
     """A number of tokens, or a share: 1 is one token, 1.0 is all."""
     if text is None:
@@ -588,14 +599,19 @@ class _Session:
     prompt: str
     max_new_tokens: int
     quiet: bool
-    encode_frames: int = 16
+    encode_frames: int | str = "auto"
 
     def warm_up(self) -> None:
         """Run once without timing, or whichever comes first would pay for starting up."""
+        from dycoke.errors import UnsupportedError
+
         with err.status("warming up"):
-            self.assistant.ask(
-                self.video, self.prompt, max_new_tokens=2, encode_frames=self.encode_frames
-            )
+            try:
+                self.assistant.ask(
+                    self.video, self.prompt, max_new_tokens=2, encode_frames=self.encode_frames
+                )
+            except UnsupportedError as error:
+                raise BadInput(str(error)) from None
 
     def ask(self, compressor: Compressor | None) -> Answer:
         from dycoke.errors import UnsupportedError

@@ -9,39 +9,66 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate, chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dycoke.checks import check_count
 from dycoke.clip import Seen, joined
+from dycoke.memory import frames_that_fit
 
 NAME = "get_video_features"
+NAMES = (NAME, "get_image_features")  # a video's frames may be images to the model
+# How many slices each video (image) has: a grid (T, H, W) of patches, or a number of frames.
+SIZES = ("video_grid_thw", "image_grid_thw", "num_frames_per_video")
+AUTO = "auto"
 
 
 @contextmanager
-def encode_in_chunks(model: Any, frames: int) -> Iterator[None]:
-    """Let ``model`` encode at most about ``frames`` frames (or temporal slices) at once.
+def encode_in_chunks(model: Any, frames: int | str = AUTO) -> Iterator[None]:
+    """Let ``model`` encode at most ``frames`` frames (or temporal slices) at once, of all videos.
 
     Parameters
     ----------
-    model : a transformers model with ``get_video_features``.
-    frames : int, at least 2.
+    model : a transformers model with ``get_video_features`` or ``get_image_features``.
+    frames : int, at least 2; or "auto", as many as fit in half of the memory that is free when the
+        encoder is called, see `dycoke.memory`.
 
     Notes
     -----
-    Works under ``generate`` and bare forwards. Inputs that are neither (B, F, C, H, W) nor packed
-    patches with ``video_grid_thw`` are encoded as the model does it.
+    Works under ``generate`` and bare forwards. Chunked are videos as (B, F, C, H, W), images as
+    (n, C, H, W) or, with the padding images of Idefics, (B, n, C, H, W), and packed patches with
+    their grids or frame counts. Other inputs are encoded as the model does it.
     """
-    frames = check_count("frames", frames, least=2)
-    if not hasattr(model.base_model, NAME):  # frames that are images only
+    frames = check_frames(frames)
+    base = model.base_model
+
+    def most(patches: int, device: torch.device) -> int:
+        if isinstance(frames, int):
+            return frames
+        return frames_that_fit(model.config, patches, base.dtype.itemsize, device)
+
+    with ExitStack() as stack:
+        for name in NAMES:
+            if hasattr(base, name):
+                wrap = functools.partial(
+                    _in_chunks, videos=name == NAME, config=model.config, most=most
+                )
+                stack.enter_context(replaced_encoder(base, wrap, name))
         yield
-        return
-    with replaced_encoder(model.base_model, lambda inner: _in_chunks(inner, frames)):
-        yield
+
+
+def check_frames(frames: object) -> int | str:
+    """``frames`` as "auto" or an int of at least 2, or say what is wrong with it."""
+    if isinstance(frames, str):
+        if frames != AUTO:
+            raise ValueError(f'frames must be "auto" or an integer of at least 2, got {frames!r}')
+        return frames
+    return check_count("frames", frames, least=2)
 
 
 @contextmanager
@@ -60,7 +87,24 @@ def replaced_encoder(
             setattr(base, name, before)
 
 
-def _in_chunks(inner: Callable[..., Any], most: int) -> Callable[..., Any]:
+class _Form(NamedTuple):
+    """What takes such inputs in chunks, how many frames they are, and a frame's patches.
+
+    ``videos`` has the frames of each video; None where every frame is an image of its own.
+    """
+
+    chunked: Callable[[Callable[..., Any], dict[str, Any], str, int], Any]
+    frames: int
+    patches: int
+    videos: list[int] | None = None
+
+
+def _in_chunks(
+    inner: Callable[..., Any],
+    videos: bool,
+    config: Any,
+    most: Callable[[int, torch.device], int],
+) -> Callable[..., Any]:
     names = list(inspect.signature(inner).parameters)
 
     @functools.wraps(inner)  # generate inspects its signature
@@ -68,8 +112,10 @@ def _in_chunks(inner: Callable[..., Any], most: int) -> Callable[..., Any]:
         inputs = dict(zip(names, args, strict=False)) | kwargs
         name = next((n for n in inputs if n.startswith("pixel_values")), None)
         pixels = None if name is None else inputs[name]
-        grids = inputs.get("video_grid_thw")
         if not isinstance(pixels, Tensor) or inputs.get("return_dict") is False:
+            return inner(*args, **kwargs)
+        form = _form(inputs, pixels, names, videos, config)
+        if form is None or form.frames <= (limit := most(form.patches, pixels.device)):
             return inner(*args, **kwargs)
         seen: list[Seen] = []
 
@@ -78,18 +124,49 @@ def _in_chunks(inner: Callable[..., Any], most: int) -> Callable[..., Any]:
             seen.extend(getattr(output, "vision", []))
             return output
 
-        if grids is not None and pixels.ndim == 2 and max(grids[:, 0]) > most:
-            output, counts = _packed(part, inputs, str(name), most), grids[:, 0].tolist()
-        elif grids is None and pixels.ndim == 5 and pixels.shape[1] > most:
-            output = _stacked(part, inputs, str(name), most)
-            counts = [pixels.shape[1]] * len(pixels)
-        else:
-            return inner(*args, **kwargs)
+        output = form.chunked(part, inputs, str(name), limit)
         if seen:  # what a method asked for (`vision.py`)
-            output.vision = joined(seen, counts)
+            output.vision = joined(seen, form.videos or [1] * sum(len(s) for s, _ in seen))
         return output
 
     return encode
+
+
+def _form(
+    inputs: dict[str, Any], pixels: Tensor, names: list[str], videos: bool, config: Any
+) -> _Form | None:
+    """The form of an encoder's inputs; None where it is none of those known here."""
+    shape, ndim = pixels.shape, pixels.ndim
+    if name := _sizes(inputs):
+        slices, rows = _slices(inputs[name])
+        if sum(n * r for n, r in zip(slices, rows, strict=True)) != shape[0]:
+            return None
+        return _Form(_packed, sum(slices), max(rows) if ndim == 2 else shape[1], slices)
+    if ndim == 4 and "video_position_ids" in names:  # Gemma 4 before it packed
+        return _Form(_stacked, shape[0] * shape[1], shape[2], [shape[1]] * shape[0])
+    patch = getattr(getattr(config, "vision_config", None), "patch_size", 1)
+    side = patch if isinstance(patch, int) else min(patch)
+    patches = shape[-2] * shape[-1] // side**2
+    if videos:
+        every = [shape[1]] * shape[0]
+        return _Form(_stacked, sum(every), patches, every) if ndim == 5 else None
+    if ndim == 5 and "pixel_attention_mask" in names:
+        return _Form(_padded, shape[0] * shape[1], patches)
+    alone = not any(isinstance(v, Tensor) for v in inputs.values() if v is not pixels)
+    return _Form(_images, shape[0], patches) if ndim == 4 and alone else None
+
+
+def _sizes(inputs: dict[str, Any]) -> str | None:
+    return next((name for name in SIZES if inputs.get(name) is not None), None)
+
+
+def _slices(sizes: Tensor) -> tuple[list[int], list[int]]:
+    """Slices of each video, and rows of pixels per slice; of grids (videos, 3) or counts (videos,).
+
+    A slice of a grid has a row per patch, and a counted frame is a row of its own.
+    """
+    table = sizes.view(len(sizes), -1)
+    return table[:, 0].tolist(), table[:, 1:].prod(-1).tolist()
 
 
 def _even(count: int, most: int) -> list[int]:
@@ -98,55 +175,125 @@ def _even(count: int, most: int) -> list[int]:
     return [count // parts + (i < count % parts) for i in range(parts)]
 
 
-def _stacked(inner: Callable[..., Any], inputs: dict[str, Any], name: str, most: int) -> Any:
-    """Videos as one tensor, (B, F, C, H, W), features (B, rows, D) or one (rows, D) per video.
+def _cuts(parts: Sequence[int]) -> list[slice]:
+    """Where parts of these sizes stand one after the other."""
+    ends = list(accumulate(parts))
+    return [slice(end - part, end) for part, end in zip(parts, ends, strict=True)]
 
-    One video after the other, so that whatever is noted meanwhile comes in the order of frames.
+
+def _stacked(inner: Callable[..., Any], inputs: dict[str, Any], name: str, most: int) -> Any:
+    """Videos as one tensor, (B, F, ...), features (B, rows, D) or one (rows, D) per video.
+
+    Chunks go in the order of videos and their frames: several short videos, or parts of a long one.
     """
-    together: list[Tensor] = []
-    sizes = _even(inputs[name].shape[1], most)
-    for video in inputs[name]:
-        rows: list[Tensor] = []
-        for i, pixels in enumerate(video.split(sizes)):
-            output = inner(**inputs | {name: pixels[None].contiguous()})
+    count, frames = inputs[name].shape[:2]
+    framed = {
+        k: v
+        for k, v in inputs.items()
+        if isinstance(v, Tensor) and v.shape[:2] == inputs[name].shape[:2]
+    }
+    sizes = _even(frames, most)
+    videos: list[Tensor] = []
+    together = max(1, most // frames)
+    for first in range(0, count, together):
+        rows: list[list[Tensor]] = []
+        for part in _cuts(sizes):
+            chunk = {k: v[first : first + together, part] for k, v in framed.items()}
+            output = inner(**inputs | {k: v.contiguous() for k, v in chunk.items()})
             # A token that closes a video (a newline) comes once.
-            part = output.pooler_output[0]
-            ends = len(part) % sizes[i] if i + 1 < len(sizes) else 0
-            rows.append(part[: len(part) - ends])
-        together.append(torch.cat(rows))
-    return _only(output, torch.stack(together))
+            pooled = output.pooler_output
+            ends = len(pooled[0]) % (part.stop - part.start) if part.stop < frames else 0
+            rows.append([video[: len(video) - ends] for video in pooled])
+        videos += [torch.cat(parts) for parts in zip(*rows, strict=True)]
+    return _only(output, torch.stack(videos) if isinstance(pooled, Tensor) else tuple(videos))
+
+
+def _images(inner: Callable[..., Any], inputs: dict[str, Any], name: str, most: int) -> Any:
+    """Images side by side, (n, C, H, W), features (n, N, D) or one (N, D) per image."""
+    pooled: list[Any] = []
+    count = len(inputs[name])
+    for part in _cuts(_even(count, most)):
+        output = inner(**inputs | {name: inputs[name][part]})
+        pooled.append(output.pooler_output)
+    return _only(output, _joined(range(count), pooled))
+
+
+def _padded(inner: Callable[..., Any], inputs: dict[str, Any], name: str, most: int) -> Any:
+    """Images of each sample in a row filled up with zeros, (B, n, C, H, W).
+
+    Features (images, N, D), or in newer releases one (rows, D) per sample; none for the zeros.
+    """
+    real = (inputs[name] != 0).flatten(2).any(-1)  # (B, n)
+    if not real.any():
+        return inner(**inputs)
+    mask = inputs.get("pixel_attention_mask")
+    given = {name: inputs[name], **({} if mask is None else {"pixel_attention_mask": mask})}
+    images = {k: v[real][None] for k, v in given.items()}
+    rows: list[Tensor] = []
+    count = int(real.sum())
+    for part in _cuts(_even(count, most)):
+        output = inner(**inputs | {k: v[:, part] for k, v in images.items()})
+        rows.append(_whole(output.pooler_output))
+    pooled: Any = torch.cat(rows)
+    if not isinstance(output.pooler_output, Tensor):
+        counts = real.sum(1) * (len(pooled) // count)
+        pooled = list(pooled.split(counts.tolist()))
+    return _only(output, pooled)
 
 
 def _packed(inner: Callable[..., Any], inputs: dict[str, Any], name: str, most: int) -> Any:
-    """Patches of all videos in one row, and a grid (T, H, W) for each."""
-    grids: Tensor = inputs["video_grid_thw"]
-    pooled: list[Tensor] = []
-    deeper: list[list[Tensor]] = []
+    """Patches of all videos (images) in one row, and a grid (T, H, W) for each; or frames of all.
+
+    A chunk holds parts of one or more videos, in order.
+    """
+    sizes_name = str(_sizes(inputs))
+    sizes, pixels = inputs[sizes_name], inputs[name]
+    slices, per_slice = _slices(sizes)
+    tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.ndim}
+    owners: list[int] = []
+    pooled: list[Any] = []
+    deeper: list[list[Any]] = []
     start = 0
-    for video, (slices, height, width) in enumerate(grids.tolist()):
-        # What there is one of per video goes with each of its chunks.
-        own = {
-            k: v[video : video + 1]
-            for k, v in inputs.items()
-            if isinstance(v, Tensor) and k != name and len(v) == len(grids)
-        }
-        parts = []
-        for part in _even(slices, most):
-            end = start + part * height * width
-            grid = grids.new_tensor([[part, height, width]])
-            chunk = {name: inputs[name][start:end], "video_grid_thw": grid}
-            output, start = inner(**inputs | own | chunk), end
-            levels = getattr(output, "deepstack_features", None) or []
-            parts.append([_whole(output.pooler_output), *map(_whole, levels)])
-        first, *others = (torch.cat(level) for level in zip(*parts, strict=True))
-        pooled.append(first)
-        deeper.append(others)
+    for chunk in _chunks(slices, most):
+        videos = [video for video, _ in chunk]
+        end = start + sum(part * per_slice[video] for video, part in chunk)
+        # What there is one of per patch is cut, what there is one of per video goes with each part.
+        own = {k: v[videos] for k, v in tensors.items() if len(v) == len(sizes)}
+        own |= {k: v[start:end] for k, v in tensors.items() if len(v) == len(pixels)}
+        own[sizes_name] = sizes[videos]
+        own[sizes_name].view(len(chunk), -1)[:, 0] = sizes.new_tensor([part for _, part in chunk])
+        output, start = inner(**inputs | own), end
+        owners += videos
+        pooled.append(output.pooler_output)
+        deeper.append(list(getattr(output, "deepstack_features", None) or []))
     if deeper[0]:
-        # In the form that the model gives: per level all videos in one row, or one by one.
-        split = not isinstance(output.deepstack_features[0], Tensor)
-        levels = [list(level) for level in zip(*deeper, strict=True)]
-        output.deepstack_features = [x if split else torch.cat(x) for x in levels]
-    return _only(output, tuple(pooled))
+        levels = zip(*deeper, strict=True)
+        output.deepstack_features = [_joined(owners, level) for level in levels]
+    return _only(output, _joined(owners, pooled))
+
+
+def _chunks(slices: Sequence[int], most: int) -> list[list[tuple[int, int]]]:
+    """Chunks of at most ``most`` slices: which videos, and how many slices of each."""
+    chunks: list[list[tuple[int, int]]] = []
+    room = 0
+    for video, count in enumerate(slices):
+        for part in _even(count, most):
+            if part > room:
+                chunks.append([])
+                room = most
+            chunks[-1].append((video, part))
+            room -= part
+    return chunks
+
+
+def _joined(owners: Sequence[int], chunks: Sequence[Any]) -> Tensor | tuple[Tensor, ...]:
+    """What chunks gave, in its form: all rows in one, or parts of videos, joined per video."""
+    if isinstance(chunks[0], Tensor):
+        return torch.cat(list(chunks))
+    videos: dict[int, list[Tensor]] = {}
+    for owner, part in zip(owners, chain.from_iterable(chunks), strict=True):
+        videos.setdefault(owner, []).append(part)
+    return tuple(torch.cat(rows) for rows in videos.values())
 
 
 def _whole(rows: Any) -> Tensor:
