@@ -190,6 +190,20 @@ def test_counts_and_bytes_are_those_of_the_run(clip: str) -> None:
     assert ours["settings"] == DyCoke().to_dict()
 
 
+def test_flops_follow_the_layers(clip: str) -> None:
+    """A method that drops inside the LLM: each layer costs what it holds."""
+    bench = speed.Bench(planned("fastv", "visionzip+dycoke", repeat=1, ratio=0.5))
+    dropped, composed = results.results(bench, bench.measure(clip))
+    visual, left = FRAMES * TOKENS, dropped["active_tokens"]
+    assert dropped["kept_tokens"] == visual and 0 < left < visual // 2
+    layer = costs.Shape(32, 48, 1)
+    naive = sum(costs.counted(n, n, layer, NEW).total for n in [visual] + [left] * (LAYERS - 1))
+    assert dropped["flops"] == pytest.approx(naive)
+    kept, active = composed["kept_tokens"], composed["active_tokens"]
+    assert (kept, active) == (FRAMES * 4, int(0.3 * FRAMES * 4))
+    assert composed["flops"] == costs.counted(kept, active, costs.Shape(32, 48, 5), NEW).total
+
+
 @pytest.mark.parametrize("arch", [NEXT, QWEN], ids=lambda arch: arch.name)
 def test_every_family_runs_from_pixels(clip: str, arch: Arch) -> None:
     bench = speed.Bench(planned("full", "dycoke", arch=arch, repeat=1, batch=2, frames=8))

@@ -52,9 +52,9 @@ def test_a_dynamic_cache_is_asked_twice(share: float) -> None:
 
 
 def test_one_shot_methods_are_asked_once() -> None:
-    names = ["full", "visionzip", "random", "visionzip + once"]
+    names = ["full", "visionzip", "random", "visionzip+once"]
     found = retention.points(names, [0.25])
-    assert [p.method for p in found] == ["full", "visionzip", "random", "visionzip + once"]
+    assert [p.method for p in found] == names
     assert [p.bases for p in found[:2]] == [("kept", "attended")] * 2
     random, composed = (p.setting.compressor for p in found[2:])
     # Nothing is pruned behind a one-shot method; its share is what a step attends to.

@@ -74,6 +74,8 @@ class Report(_Readable):
     retention : kept / visual tokens, over all samples; where a method drops tokens inside the
         LLM, the mean over its layers.
     final_retention : share of the visual tokens that the last layer attends to while decoding.
+    below : share of the layers that hold all tokens that entered the LLM; less than 1 where a
+        method drops some inside it.
     """
 
     engaged: bool
@@ -85,6 +87,7 @@ class Report(_Readable):
     retention: float
     final_retention: float
     samples: tuple[SampleReport, ...]
+    below: float = 1.0
 
     def __str__(self) -> str:
         if not self.engaged:

@@ -144,6 +144,7 @@ class Tally:
             retention=share(_held(kept, active, self.below), visual),
             final_retention=share(active, visual),
             samples=samples,
+            below=1.0 if self.below is None else self.below,
         )
 
 

@@ -83,11 +83,15 @@ def _tokens(bench: Bench, sample: Sample) -> dict[str, Any]:
     text = bench.model.config.get_text_config()
     shape = Shape(text.hidden_size, text.intermediate_size, text.num_hidden_layers)
     report, kept = sample.report, sample.visual_tokens
-    active, refreshes = kept, 0
+    active, refreshes, new = kept, 0, bench.plan.new_tokens
+    flops = counted(kept, active, shape, new).total
     if report is not None:
         first = report.samples[0]  # the batch repeats it
         kept, active, refreshes = first.kept_tokens, first.active_tokens, first.refreshes
-    flops = counted(kept, active, shape, bench.plan.new_tokens)
+        flops = counted(kept, active, shape, new).total
+        if report.below < 1:  # later layers hold less, in the prefill too
+            lower, upper = (counted(n, n, shape, new).total for n in (kept, active))
+            flops = report.below * lower + (1 - report.below) * upper
     return {
         "settings": report.settings if report else {},
         "not_engaged": report.reason if report else None,
@@ -95,7 +99,7 @@ def _tokens(bench: Bench, sample: Sample) -> dict[str, Any]:
         "kept_tokens": kept,
         "active_tokens": active,
         "refreshes": refreshes,
-        "flops": flops.total * bench.plan.batch,
+        "flops": flops * bench.plan.batch,
     }
 
 

@@ -12,19 +12,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dycoke import methods
-from dycoke.compressor import Compressor, DyCoke
+from dycoke.compressor import DyCoke
 from dycoke.evaluate.stats import Count, paired_difference, wilson
 from dycoke.evaluate.storyqa import Scores, Setting
-from dycoke.methods.composed import Composed
 from dycoke.nano.build import TOKENS_PER_FRAME
 
 RETENTIONS = (0.5, 0.25, 0.15, 0.1, 0.05)
 BASES = ("kept", "attended")
 TASKS = ("ask", "describe")
-PRUNE_RATIO = 0.7  # of a dynamic cache
 USUAL = [name for name in methods.METHODS if name != "always"]
-# Methods whose decode steps attend to a selection, and how it is refreshed.
-DYNAMIC = {"dycoke": DyCoke.refresh_threshold, "once": 0.0, "always": 1.0}
 # A share may be missed by a token per frame, by rounding.
 ROUNDING = 1 / TOKENS_PER_FRAME + 1e-9
 
@@ -52,7 +48,7 @@ def points(names: Sequence[str], retentions: Sequence[float] = RETENTIONS) -> li
 
     Parameters
     ----------
-    names : of `dycoke.methods`; two joined by "+" are a one-shot method and a dynamic cache.
+    names : of `dycoke.methods.create`; two joined by "+" are shown at equal kept tokens.
     retentions : shares in (0, 1).
 
     Raises
@@ -73,44 +69,20 @@ def points(names: Sequence[str], retentions: Sequence[float] = RETENTIONS) -> li
 
 
 def _points(name: str, share: float) -> list[Point]:
-    before, _, after = (part.strip() for part in name.partition("+"))
-    if after:
-        first, threshold = _one_shot(before, share), _threshold(after)
-        if first is None:
-            raise ValueError(f"{name!r}: nothing is composed with the full model")
-        cache = DyCoke(merge_ratio=0, prune_ratio=PRUNE_RATIO, refresh_threshold=threshold)
-        return [_point(f"{before} + {after}", share, ("kept",), Composed(first, cache))]
-    if name not in DYNAMIC:
-        return [_point(name, share, BASES, _one_shot(name, share))]
-    threshold = _threshold(name)
-    kept = DyCoke(token_budget=share, prune_ratio=PRUNE_RATIO, refresh_threshold=threshold)
+    if "+" in name:
+        return [_point(name, share, ("kept",), methods.create(name, 1 - share))]
+    if name not in methods.DYNAMIC:
+        return [_point(name, share, BASES, methods.one_shot(name, 1 - share))]
+    kept = methods.create(name, 1 - share)
+    assert isinstance(kept, DyCoke)
     # METHOD.md: up to a share of .3 the tokens that are kept shrink, above it all are kept.
+    left = 1 - kept.prune_ratio
     attended = (
-        DyCoke(
-            token_budget=share / (1 - PRUNE_RATIO),
-            prune_ratio=PRUNE_RATIO,
-            refresh_threshold=threshold,
-        )
-        if share <= 1 - PRUNE_RATIO
-        else DyCoke(merge_ratio=0, prune_ratio=1 - share, refresh_threshold=threshold)
+        replace(kept, token_budget=share / left)
+        if share <= left
+        else replace(kept, token_budget=None, merge_ratio=0, prune_ratio=1 - share)
     )
-    return [
-        _point(name, share, ("kept",), kept),
-        _point(name, share, ("attended",), attended),
-    ]
-
-
-def _one_shot(name: str, share: float) -> Compressor | None:
-    """A method at a share of the tokens, which every step attends to."""
-    method = methods.create(name, 1 - share)
-    # The controls come with DyCoke's cache, where nothing else is asked of them.
-    return replace(method, prune_ratio=0) if isinstance(method, DyCoke) else method
-
-
-def _threshold(name: str) -> float:
-    if name not in DYNAMIC:
-        raise ValueError(f"{name!r} has no dynamic cache; {', '.join(DYNAMIC)} have one")
-    return DYNAMIC[name]
+    return [_point(name, share, ("kept",), kept), _point(name, share, ("attended",), attended)]
 
 
 def _point(name: str, share: float, bases: tuple[str, ...], compressor: Any) -> Point:

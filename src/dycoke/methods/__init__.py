@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dycoke.checks import check_ratio
 from dycoke.compressor import Compressor, DyCoke
+from dycoke.methods.composed import Composed
 from dycoke.methods.controls import FewerFrames, RandomTokens
 from dycoke.methods.fastv import FastV
 from dycoke.methods.fastvid import FastVID
@@ -90,12 +91,17 @@ METHODS: dict[str, Method] = {
 }
 
 
+# Methods whose decode steps attend to a selection.
+DYNAMIC = ("dycoke", "once", "always")
+
+
 def create(name: str, ratio: float | None = None) -> Compressor | None:
     """A method by its name.
 
     Parameters
     ----------
-    name : a key of `METHODS`.
+    name : a key of `METHODS`; or two joined by "+", such as "visionzip+dycoke": a one-shot method
+        before the LLM, and the dynamic cache of another one while decoding.
     ratio : share of the visual tokens to remove before the LLM, in [0, 1); None for the method's
         own default setting.
 
@@ -104,6 +110,16 @@ def create(name: str, ratio: float | None = None) -> Compressor | None:
     ValueError
         For an unknown name, with those there are, and for a ratio out of the method's reach.
     """
+    before, plus, after = (part.strip() for part in name.partition("+"))
+    if plus:
+        first, cache = one_shot(before, ratio), create(after)
+        if first is None:
+            raise ValueError(f"{name}: nothing is composed with the full model")
+        if not isinstance(cache, DyCoke) or after not in DYNAMIC:
+            raise ValueError(
+                f"{name}: {after!r} has no dynamic cache; {', '.join(DYNAMIC)} have one"
+            )
+        return Composed(first, replace(cache, merge_ratio=0))
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
     make = METHODS[name].make
@@ -113,4 +129,11 @@ def create(name: str, ratio: float | None = None) -> Compressor | None:
         raise ValueError(f"{name}: {error}") from None
 
 
-__all__ = ["METHODS", "Method", "create"]
+def one_shot(name: str, ratio: float | None = None) -> Compressor | None:
+    """A method by its name, of which every step attends to all that it keeps."""
+    method = create(name, ratio)
+    # The controls come with DyCoke's cache, where nothing else is asked of them.
+    return replace(method, prune_ratio=0.0) if isinstance(method, DyCoke) else method
+
+
+__all__ = ["DYNAMIC", "METHODS", "Method", "create", "one_shot"]
