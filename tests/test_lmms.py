@@ -67,7 +67,7 @@ def test_every_method_by_its_name(name: str) -> None:
 
 def test_own_settings_keep_what_the_name_stands_for() -> None:
     once = settings_of({"method": "once", "ratio": 0.3, "prune_ratio": 0.2}).compressor
-    assert once == DyCoke(merge_ratio=0.3 / 0.75, prune_ratio=0.2, refresh_threshold=0)
+    assert once == DyCoke(token_budget=0.7, prune_ratio=0.2, refresh_threshold=0)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_answers_of_another_copy_are_told(model: Any, requests: Any) -> None:
 
 
 def test_prompts_without_a_video_are_told_and_refused(model: Any) -> None:
-    text = inputs_of("llava_onevision", [[]], [(5,)])
+    text = inputs_of("llava_onevision", [[]], [(5, 7)])
     account, log, _ = account_of(DyCoke())
     lm = StandIn(model)
     compress(lm, account)

@@ -37,6 +37,8 @@ def move(value: Any, device: str) -> Any:
 @torch.no_grad()
 def test_index_tensors_follow_each_layers_device(family: str) -> None:
     """The pruned layers stand on "meta", which refuses to be mixed with another device."""
+    if family.endswith("moe"):
+        pytest.skip("stock experts ask which tokens they got, and meta tensors hold no answer")
     model = tiny.FAMILIES[family].model("eager")
     inputs = inputs_of(family, [[6], [6]], [(5, 7), (2, 3)])  # padded, so that masks are needed
     decoder = model.get_decoder()

@@ -347,7 +347,7 @@ def _over_retention(
     split, seed, count, model, _ = which
     assistant = _load(model, None, None, own_world=True)
     with _bars() as bars:
-        lines = [point.setting for point in points]
+        lines = list(dict.fromkeys(point.setting for point in points))
         scores = _answers(assistant, lines, which, json_file, bars)
     rows = retention.results(points, scores)
     title = f"StoryQA, {count} {split} stories from seed {seed}, {model or 'nano'}"

@@ -61,11 +61,11 @@ def points(names: Sequence[str], retentions: Sequence[float] = RETENTIONS) -> li
             raise ValueError(f"retentions must be in (0, 1), got {share!r}")
     found = [Point("full", 1.0, BASES, Setting("full", "full", None))]
     for name in names:
-        if name == "full":
-            continue
-        for share in retentions:
-            found += _points(name, share)
-    return found
+        if name != "full":
+            found += [point for share in retentions for point in _points(name, share)]
+    # The same settings may answer for two shares: what keeps 50 % may attend to 15 %.
+    known: dict[Any, Setting] = {}
+    return [replace(p, setting=known.setdefault(p.setting.compressor, p.setting)) for p in found]
 
 
 def _points(name: str, share: float) -> list[Point]:
@@ -76,11 +76,11 @@ def _points(name: str, share: float) -> list[Point]:
     kept = methods.create(name, 1 - share)
     assert isinstance(kept, DyCoke)
     # METHOD.md: up to a share of .3 the tokens that are kept shrink, above it all are kept.
-    left = 1 - kept.prune_ratio
+    left = round(1 - kept.prune_ratio, 12)
     attended = (
-        replace(kept, token_budget=share / left)
+        replace(kept, token_budget=round(share / left, 12))
         if share <= left
-        else replace(kept, token_budget=None, merge_ratio=0, prune_ratio=1 - share)
+        else replace(kept, token_budget=None, merge_ratio=0, prune_ratio=round(1 - share, 12))
     )
     return [_point(name, share, ("kept",), kept), _point(name, share, ("attended",), attended)]
 

@@ -46,7 +46,8 @@ def _merging(method: type[DyCoke], **settings: Any) -> Callable[..., Compressor]
     def make(ratio: float | None = None) -> Compressor:
         if ratio is None:
             return method(**settings)
-        return method(**settings, token_budget=1.0 - check_ratio("ratio", ratio))
+        budget = round(1.0 - check_ratio("ratio", ratio), 12)  # 0.15, not 0.15000000000000002
+        return method(**settings, token_budget=budget)
 
     return make
 

@@ -9,6 +9,7 @@ ROPE = "1-D"
 FRAMES = ("images",)
 VISION = "vision_model.encoder.layers.*.self_attn"
 NAME = "SmolVLM2"
+NOTES = ("its processor needs the package num2words",)
 CHECKPOINTS = ("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "HuggingFaceTB/SmolVLM2-500M-Video-Instruct")
 
 
