@@ -61,12 +61,9 @@ def check_features(features: Tensor) -> None:
         raise TypeError(f"features must be floating point, got {features.dtype}")
 
 
-def _directions(features: Tensor) -> Tensor:
-    """Tokens (F, N, D) at length 1, in float32."""
-    unit = F.normalize(features.float(), dim=-1)
-    if not torch.isfinite(unit).all():
+def _check_compared(values: Tensor) -> None:
+    if not torch.isfinite(values).all():
         raise ValueError("features contain NaN or infinite values, so nothing can be compared")
-    return unit
 
 
 def merge_mask(features: Tensor, merge_ratio: float = 0.7, window: int = 4) -> Tensor:
@@ -99,8 +96,9 @@ def merge_mask(features: Tensor, merge_ratio: float = 0.7, window: int = 4) -> T
     frames, tokens, _ = features.shape
     counterpart = counterparts(frames, window, features.device)
 
-    unit = _directions(features)
+    unit = F.normalize(features.float(), dim=-1)
     similarity = (unit * unit[counterpart]).sum(-1)
+    _check_compared(similarity)
 
     # The most similar leave: the first `leaving` of a stable descending sort.
     leaving = tokens - retained_count(tokens, merge_ratio)
@@ -117,10 +115,12 @@ def budget_mask(features: Tensor, count: int, window: int = 4) -> Tensor:
     No part of the paper. Tokens of all frames compete by how much they have to say: the cosine
     distance to the token that they are compared with (`compared_with`), plus that to the mean of
     all tokens at their place, over the whole video. The first says that something changed, the
-    second that something is there; with the first alone what has moved in and stays is lost.
+    second that something is there; with the first alone what has moved in and stays is lost. The
+    first frame has nothing before it, and is compared with its own mean.
 
-    The first frame has nothing before it: its tokens are compared with their frame's mean. They
-    come first, up to a quarter of ``count``, since they show what never changes.
+    Two quarters of the budget are set apart. One is for the first frame (which may be smaller),
+    since it shows what never changes. One goes round the frames, each giving its best token in
+    turn, so that a cut or a fade does not take all of it.
 
     Parameters
     ----------
@@ -146,14 +146,20 @@ def budget_mask(features: Tensor, count: int, window: int = 4) -> Tensor:
     count = check_count("count", count)
     window = check_count("window", window)
     frames, tokens, _ = features.shape
-    unit = _directions(features)
+    unit = F.normalize(features.float(), dim=-1)
     change = 1 - (unit * unit[compared_with(frames, window, features.device)]).sum(-1)
     change[0] = 1 - unit[0] @ F.normalize(unit[0].mean(0), dim=-1)
     presence = 1 - (unit * F.normalize(unit.mean(0), dim=-1)).sum(-1)
     value = change + presence
+    _check_compared(value)
     first = change[0].sort(descending=True, stable=True).indices[: max(1, count // 4)]
-    value[0, first] = torch.inf
     order = value.flatten().sort(descending=True, stable=True).indices
+    rank = value.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)  # in its frame
+    turns = order[rank.flatten()[order].sort(stable=True).indices]
+    value = value.flatten()
+    value[first] = torch.inf
+    value[turns[: (count + 2) // 4]] = torch.inf  # never grows together with count // 4
+    order = value.sort(descending=True, stable=True).indices
     keep = torch.zeros(frames * tokens, dtype=torch.bool, device=features.device)
     keep[order[:count]] = True
     return keep.view(frames, tokens)

@@ -84,10 +84,20 @@ def keep_of_budget(
     margins.gap([-alone[n] for n in ranked], certain)
     for n in ranked[:certain]:
         keep[0][n] = True
+    best = [sorted(range(tokens), key=lambda n: (-value[f, n], n)) for f in range(frames)]
+    left = (count + 2) // 4
+    for number in range(tokens):
+        turn = sorted(((f, best[f][number]) for f in range(frames)), key=lambda s: (-value[s], s))
+        margins.gap([value[spot] for spot in turn], left)
+        for f, n in turn[: max(0, left)]:
+            margins.gap([value[f, m] for m in best[f]], number + 1)
+            keep[f][n] = True
+        left -= frames
     rest = [spot for spot in value if not keep[spot[0]][spot[1]]]
     rest.sort(key=lambda spot: (-value[spot], spot))
-    margins.gap([value[spot] for spot in rest], count - certain)
-    for f, n in rest[: count - certain]:
+    more = count - (frames * tokens - len(rest))
+    margins.gap([value[spot] for spot in rest], more)
+    for f, n in rest[:more]:
         keep[f][n] = True
     for f in range(frames):
         for n in range(tokens):
