@@ -399,6 +399,10 @@ def test_the_inner_stage_can_be_left_out() -> None:
         assert made.drop_layer(28) is None
         assert made.outer == 0.25
         assert abs(int(made.merge_tokens(features, clip)[1].sum()) - 8 * 5) <= 8
+        assert method().drop_layer(1) is None
+    features = torch.randn(2, 400, 64, generator=torch.Generator().manual_seed(0))
+    keep = HoliTom(0.75, inner=False).merge_tokens(features, Clip(features[..., 0], features))[1]
+    assert keep.sum(1).tolist() == [100, 100]
     assert HoliTom().drop_layer(28) == 18
     assert FlashVID().drop_layer(28) == 20
     # Published before the LLM: 25 and 10 %.

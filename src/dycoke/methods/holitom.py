@@ -80,14 +80,12 @@ class HoliTom(TwoStage):
         # Of each segment, the positions that stand still through all of it; one frame has none.
         static = (still[ends] >= frames[:, None] - 1) & (frames[:, None] > 1)
         sizes = static.sum(1).tolist()
-        place = scores.shape[1]
-        left = scores.numel() - sum(
-            size * (length - 1) for size, length in zip(sizes, lengths, strict=True)
-        )
-        share = min(1.0, self.outer * scores.numel() / left)
+        places, total = scores.shape[1], scores.numel()
+        saved = sum(size * (length - 1) for size, length in zip(sizes, lengths, strict=True))
+        share = min(1.0, self.outer * total / (total - saved))
 
         # What moves: the same number in each frame of a segment, by attention.
-        moving = torch.tensor([ceil((place - size) * share - 1e-6) for size in sizes])
+        moving = torch.tensor([ceil((places - size) * share - 1e-6) for size in sizes])
         scores = scores.masked_fill(static.repeat_interleave(frames, 0), -torch.inf)
         keep = top_mask(scores, moving.to(still.device).repeat_interleave(frames))
 
@@ -96,7 +94,7 @@ class HoliTom(TwoStage):
         start = 0
         for segment, (length, size) in enumerate(zip(lengths, sizes, strict=True)):
             # Nothing moves in some segments; none of them leaves without a token.
-            count = max(round(size * share), int(size == place))
+            count = max(round(size * share), int(size == places))
             if count:
                 where = highest(static[segment].float(), size)
                 means = tokens[start : start + length, where].mean(0)
