@@ -82,8 +82,9 @@ def test_bad_names_and_shares(names: list[str], asked: list[float], message: str
         retention.points(names, asked)
 
 
-def test_every_method_answers_and_is_counted(assistant: Assistant) -> None:
-    """In one process and in two, from features that were encoded once."""
+def test_every_method_answers_and_is_counted(assistant: Assistant, monkeypatch: Any) -> None:
+    """From features that were encoded once."""
+    monkeypatch.setattr(storyqa, "LONGEST", {"ask": 3, "describe": 6})
     points = retention.points([*retention.USUAL, "visionzip+dycoke"], [0.25])
     lines = [point.setting for point in points]
     calls: list[int] = []
@@ -115,10 +116,11 @@ def test_every_method_answers_and_is_counted(assistant: Assistant) -> None:
         assert row["reached"]
 
 
-def test_processes_give_the_same_scores(assistant: Assistant) -> None:
-    lines = [p.setting for p in retention.points(["fastv", "dycoke"], [0.5])]
-    here = storyqa.evaluate(assistant, lines, "seen", 3, 18)
-    there = storyqa.evaluate(assistant, lines, "seen", 3, 18, workers=2)
+def test_processes_give_the_same_scores(assistant: Assistant, monkeypatch: Any) -> None:
+    monkeypatch.setattr(storyqa, "CHUNK", 1)
+    lines = [p.setting for p in retention.points(["vidcom2"], [0.1])[1:]]
+    here = storyqa.evaluate(assistant, lines, "seen", 3, 3)
+    there = storyqa.evaluate(assistant, lines, "seen", 3, 3, workers=2)
     assert {n: vars(s) for n, s in here.items()} == {n: vars(s) for n, s in there.items()}
 
 
@@ -170,7 +172,8 @@ def test_the_picture_has_a_line_per_method() -> None:
         assert panel.get_xscale() == "log"
 
 
-def test_the_command(run: Any, folder: Path, tmp_path: Path) -> None:
+def test_the_command(run: Any, folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(storyqa, "LONGEST", {"ask": 3, "describe": 6})
     file, picture = tmp_path / "r.json", tmp_path / "r.png"
     code, out, err = run("eval", "--retentions", "50,10", "--methods", "dycoke,vidcom2",
                          "--stories", 2, "--model", folder, "--json", file,
