@@ -379,6 +379,10 @@ def test_methods_are_listed(run: Any) -> None:
     code, out, _ = run("methods")
     assert code == 0
     assert all(name in out for name in methods.METHODS)
+    doors = {name: method.doors for name, method in methods.METHODS.items()}
+    assert doors["full"] == [] and doors["dycoke"] == ["before", "decoding"]
+    assert doors["fastv"] == ["inside"] and doors["vidcom2"] == ["before"]
+    assert doors["holitom"] == ["before", "vision", "inside"]
 
 
 def held(method: Compressor, features: torch.Tensor) -> float:

@@ -477,9 +477,15 @@ def list_methods() -> None:
     table = Table()
     table.add_column("method", no_wrap=True)
     table.add_column("what it does")
+    table.add_column("where")
     for method in METHODS.values():
-        table.add_row(method.name, method.about)
+        table.add_row(method.name, method.about, ", ".join(method.doors))
     out.print(table)
+    out.print(
+        "vision: by the vision encoder's attention; inside: in the LLM, at prefill.\n"
+        "visionzip+dycoke composes two: the tokens of one, the dynamic cache of the other.\n"
+        "The classes are in dycoke.methods."
+    )
 
 
 @app.command()

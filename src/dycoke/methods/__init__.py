@@ -35,6 +35,21 @@ class Method:
     about: str
     make: Callable[..., Compressor | None]
 
+    @property
+    def doors(self) -> list[str]:
+        """Where it works: "before" the LLM (by "vision" scores), "inside" it, "decoding"."""
+        method = self.make()
+        if method is None:
+            return []
+        kind = type(method)
+        found = {
+            "before": kind.merge_tokens is not Compressor.merge_tokens,
+            "vision": method.needs_vision,
+            "inside": method.drop_layer(28) is not None,
+            "decoding": method.prune_ratio > 0,
+        }
+        return [name for name, there in found.items() if there]
+
 
 def _full(ratio: float = 0.0) -> None:
     """No compressor, whatever the others are asked to remove."""
@@ -137,4 +152,21 @@ def one_shot(name: str, ratio: float | None = None) -> Compressor | None:
     return replace(method, prune_ratio=0.0) if isinstance(method, DyCoke) else method
 
 
-__all__ = ["DYNAMIC", "METHODS", "Method", "create", "one_shot"]
+__all__ = [
+    "DYNAMIC",
+    "METHODS",
+    "Composed",
+    "DyCoke",
+    "FastV",
+    "FastVID",
+    "FewerFrames",
+    "FlashVID",
+    "HoliTom",
+    "LLaVAPruMerge",
+    "Method",
+    "RandomTokens",
+    "VidCom2",
+    "VisionZip",
+    "create",
+    "one_shot",
+]
