@@ -13,7 +13,7 @@ from dycoke.clip import Clip
 from dycoke.methods import create
 from dycoke.methods.fastv import FastV, later_count
 from dycoke.methods.prumerge import LLaVAPruMerge
-from dycoke.methods.vidcom2 import VidCom2
+from dycoke.methods.vidcom2 import VidCom2, frame_counts
 from dycoke.methods.visionzip import VisionZip, frame_count
 
 Vector = list[float]
@@ -201,6 +201,8 @@ def test_vidcom2_gives_more_to_a_frame_of_its_own() -> None:
     assert VidCom2(0.75).merge_tokens(features)[1].sum(1).tolist() == [8, 8, 8, 18, 8]
     same = features[:1].expand(5, 40, 8)
     assert VidCom2(0.75).merge_tokens(same)[1].sum(1).tolist() == [10] * 5
+    # A frame of its own would get .8 (1 + 1 - 1/2) of 10, and has no more than 10.
+    assert frame_counts(torch.tensor([[1.0] * 10, [2.0] * 10]), 0.8).tolist() == [10, 4]
 
 
 @pytest.mark.parametrize("method", MERGING, ids=lambda m: m.__name__)
