@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import subprocess
@@ -20,6 +21,8 @@ from dycoke.bench import peak, plan, results, show, speed
 from dycoke.bench.arch import ARCHS, Arch, _text
 from dycoke.clip import Clip
 from dycoke.compressor import Compressor
+from dycoke.timing import Stopwatch
+from dycoke.vision import Vision
 
 LAYERS, FRAMES, TOKENS, NEW = 5, 9, 9, 4
 TEXT = {
@@ -202,6 +205,29 @@ def test_flops_follow_the_layers(clip: str) -> None:
     kept, active = composed["kept_tokens"], composed["active_tokens"]
     assert (kept, active) == (FRAMES * 4, int(0.3 * FRAMES * 4))
     assert composed["flops"] == costs.counted(kept, active, costs.Shape(32, 48, 5), NEW).total
+
+
+def test_scores_of_the_vision_encoder_are_compression(clip: str, monkeypatch: Any) -> None:
+    """A clock that only three places move on: what each stage is told of them."""
+    bench = speed.Bench(planned("visionzip", repeat=1))
+    clock = [0.0]
+    monkeypatch.setattr(Stopwatch, "now", lambda self: clock[0])
+
+    def taking(seconds: float, inner: Any) -> Any:
+        @functools.wraps(inner)
+        def taken(*args: Any, **kwargs: Any) -> Any:
+            clock[0] += seconds
+            return inner(*args, **kwargs)
+
+        return taken
+
+    base = bench.model.base_model
+    monkeypatch.setattr(base, "get_video_features", taking(1000, base.get_video_features))
+    monkeypatch.setattr(Vision, "note", taking(100, Vision.note))
+    monkeypatch.setattr(Vision, "pool", taking(10, Vision.pool))
+    timings = bench.once(clip, methods.create("visionzip", 0.5), 3).timings
+    assert (timings.vision_s, timings.compress_s) == (1000, 110)
+    assert timings.ttft_s == timings.total_s == 1110
 
 
 @pytest.mark.parametrize("arch", [NEXT, QWEN], ids=lambda arch: arch.name)

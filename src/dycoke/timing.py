@@ -24,7 +24,8 @@ class Timings:
     ----------
     video_s : from the file to the processor's tensors.
     vision_s : the vision encoder and projector.
-    compress_s : finding and merging the visual tokens.
+    compress_s : finding and merging the visual tokens, and the vision encoder's scores and keys
+        where a method asks for them. What a method drops inside the LLM is part of the prefill.
     prefill_s : the language model over the prompt, without compression.
     ttft_s : time to first token: vision + compress + prefill.
     per_token_s : mean over the tokens after the first; 0 where there are none.
@@ -52,7 +53,7 @@ class Stopwatch:
     def __init__(self, model: Any) -> None:
         self.model, self.base, self.decoder = model, model.base_model, model.get_decoder()
         self.timings = Timings()
-        self._start = self._prefilled = self._last = 0.0
+        self._start = self._prefilled = self._last = self._noted = 0.0
         self._steps = 0
 
     def now(self) -> float:
@@ -86,6 +87,7 @@ class Stopwatch:
             run = None
             if compressor is not None:
                 run = stack.enter_context(compressor(self.model, trace, frames=frames))
+                self._time_scores(run._engine.vision)
             self._hook(stack, self.base, self._compressed)
             self._hook(stack, self.decoder, self._compressed)
             handle = self.model.register_forward_hook(self._forwarded)
@@ -106,14 +108,32 @@ class Stopwatch:
     def _timed(self, inner: Any) -> Any:
         @functools.wraps(inner)  # generate inspects its signature
         def timed(*args: Any, **kwargs: Any) -> Any:
-            before, began = self.timings.vision_s, self.now()
+            before, noted, began = self.timings.vision_s, self._noted, self.now()
             try:
                 return inner(*args, **kwargs)
             finally:
                 # Instead of what a call inside this one has counted.
-                self.timings.vision_s = before + self.now() - began
+                self.timings.vision_s = before + self.now() - began - (self._noted - noted)
 
         return timed
+
+    def _time_scores(self, vision: Any) -> None:
+        """What a method asks of the vision encoder's attention is compression, too."""
+        if vision is None:
+            return
+        for name in ("note", "pool"):
+            setattr(vision, name, self._scored(getattr(vision, name), name == "note"))
+
+    def _scored(self, inner: Any, inside: bool) -> Any:
+        def scored(*args: Any) -> Any:
+            began = self.now()
+            result = inner(*args)
+            took = self.now() - began
+            self.timings.compress_s += took
+            self._noted += took if inside else 0.0  # it is no part of the encoder's own time
+            return result
+
+        return scored
 
     def _begin(self, *_: Any) -> None:
         if not self._prefilled:

@@ -142,15 +142,26 @@ class Vision:
 
     def _attend(self, inner: Any, module: nn.Module, args: list[Any], kwargs: Any) -> Any:
         output = inner(module, *args, **kwargs)
-        call = self._local.call
-        if call is not None:
-            query, keys = args[0], args[1]
-            mask = args[3] if len(args) > 3 else kwargs.get("attention_mask")
-            starts = kwargs.get("cu_seq_lens_q")  # FlashAttention takes all slices at once
-            lengths = [query.shape[2]] if starts is None else starts.diff().tolist()
-            for q, k in zip(query.split(lengths, 2), keys.split(lengths, 2), strict=True):
-                call.add(q, k, kwargs.get("scaling"), _hidden(mask))
+        if self._local.call is not None:
+            self.note(args, kwargs)
         return output
+
+    # `timing.Stopwatch` times these two, which the model alone would not do.
+
+    def note(self, args: list[Any], kwargs: dict[str, Any]) -> None:
+        """Take in a call of the attention module."""
+        call, query, keys = self._local.call, args[0], args[1]
+        assert call is not None
+        mask = args[3] if len(args) > 3 else kwargs.get("attention_mask")
+        starts = kwargs.get("cu_seq_lens_q")  # FlashAttention takes all slices at once
+        lengths = [query.shape[2]] if starts is None else starts.diff().tolist()
+        for q, k in zip(query.split(lengths, 2), keys.split(lengths, 2), strict=True):
+            call.add(q, k, kwargs.get("scaling"), _hidden(mask))
+
+    def pool(self, call: _Call, kind: str, inputs: dict[str, Any], output: Any) -> list[Seen]:
+        """From patches to the tokens of each video (image)."""
+        pool = self._packed if call.packed else self._stacked
+        return pool(call, kind, inputs, output)
 
     def _wrapped(self, kind: str, inner: Callable[..., Any]) -> Callable[..., Any]:
         names = list(inspect.signature(inner).parameters)
@@ -169,8 +180,7 @@ class Vision:
                 finally:
                     local.call = None
             if call.scores and hasattr(output, "pooler_output"):
-                seen = self._packed if call.packed else self._stacked
-                output.vision = seen(call, kind, inputs, output)
+                output.vision = self.pool(call, kind, inputs, output)
                 if local.found is not None:
                     local.found[kind] += output.vision
             return output
