@@ -10,7 +10,7 @@ import tiny
 import torch
 from support import compressed, families, generate, inputs_of, model_of
 
-from dycoke import DyCoke
+from dycoke import DyCoke, methods
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,6 +30,21 @@ def test_float32_gives_the_cpus_tokens(family: str, backend: str) -> None:
     model = tiny.FAMILIES[family].model(backend, seed=7).cuda()
     output, _ = compressed(model, DyCoke(), on_cuda(inputs))
     assert torch.equal(output.sequences.cpu(), expected.sequences)
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", [name for name in methods.METHODS if name != "full"])
+def test_every_method_keeps_the_same_tokens(family: str, name: str) -> None:
+    inputs = inputs_of(family, [[6], [6]], [(5, 7), (2, 3)], seed=7)
+    method = methods.create(name, 0.5)
+    with method(model_of(family, seed=7), trace=True) as run:
+        expected = generate(run._engine.model, inputs, tokens=4).sequences
+    there = tiny.FAMILIES[family].model("sdpa", seed=7).cuda()
+    with method(there, trace=True) as other:
+        output = generate(there, on_cuda(inputs), tokens=4).sequences
+    for a, b in zip(run.trace.samples, other.trace.samples, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.keep, b.keep, strict=True))
+    assert torch.equal(output.cpu(), expected)
 
 
 @families
