@@ -19,7 +19,7 @@ from dycoke.models import family_of
 NAMES = [name for name in METHODS if name != "full"]
 FRAMES = 8
 names = pytest.mark.parametrize("name", NAMES)
-EXACT = ("dycoke", "random", "once", "always")
+EXACT = ("dycoke", "random", "merging", "once", "always")
 
 
 def plain(name: str, ratio: float) -> Compressor:

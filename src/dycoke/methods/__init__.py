@@ -79,6 +79,11 @@ METHODS: dict[str, Method] = {
             _merging(FewerFrames),
         ),
         Method(
+            "merging",
+            "control: DyCoke's merging alone, nothing pruned while decoding",
+            _merging(DyCoke, prune_ratio=0.0),
+        ),
+        Method(
             "once",
             "control: DyCoke that selects once, nothing comes back",
             _merging(DyCoke, refresh_threshold=0),
