@@ -147,10 +147,16 @@ def test_claims_follow_the_intervals() -> None:
     for basis in retention.BASES:
         assert curves.verdict(zipped, "describe", basis) == "+"
         assert curves.verdict(random, "ask", basis) == "-"
-    assert zipped["ask"]["to_dycoke"]["kept"][0] == pytest.approx(0.375)
+    assert zipped["ask"]["to_rival"]["kept"][0] == pytest.approx(0.375)
     assert kept["ask"]["to_full"][0] == pytest.approx(-0.375)
-    assert "to_dycoke" not in kept["ask"] and curves.verdict(kept, "ask", "kept") == " "
+    assert "to_rival" not in kept["ask"] and curves.verdict(kept, "ask", "kept") == " "
     assert zipped["reached"] and not random["reached"]
+    other = next(
+        r
+        for r in retention.results(points, scores, "visionzip")
+        if r["method"] == "dycoke" and r["asked"] == 0.1 and r["bases"] == ["kept"]
+    )
+    assert other["ask"]["to_rival"]["kept"][0] == pytest.approx(-0.375)
     # The same answers: nothing may be claimed.
     for name in scores:
         scores[name].ask = [(2, 4)] * 40
@@ -195,6 +201,10 @@ def test_the_command(run: Any, folder: Path, tmp_path: Path, monkeypatch: Any) -
         (("--retentions", "120"), "retentions must be in (0, 1), got 1.2"),
         (("--retentions", "50", "--methods", "x"), "unknown method 'x'"),
         (("--retentions", "50", "--settings", "full"), "--settings chooses among the standard"),
+        (
+            ("--retentions", "50", "--methods", "dycoke", "--against", "once"),
+            "--against once: it is none of the methods dycoke",
+        ),
         (("--methods", "dycoke"), "--methods and --picture go with --retentions"),
     ],
 )

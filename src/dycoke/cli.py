@@ -213,6 +213,9 @@ def evaluate(
             "visionzip+dycoke [default: all but always]",
         ),
     ] = None,
+    against: Annotated[
+        str, typer.Option(help="With --retentions: the method that the others are compared with.")
+    ] = "dycoke",
     picture: Annotated[
         Path | None, typer.Option(help="With --retentions: draw accuracy over retention here.")
     ] = None,
@@ -236,7 +239,7 @@ def evaluate(
                 "--settings chooses among the standard lines; with --retentions say --methods"
             )
         which = (split, seed, count, model, workers)
-        _over_retention(retentions, names, which, json_file, picture)
+        _over_retention(retentions, names, against, which, json_file, picture)
         return
     budget = _budget(token_budget)
     assistant = _load(model, None, None, own_world=True)
@@ -324,7 +327,12 @@ def _finish(content: dict[str, Any], json_file: Path) -> None:
 
 
 def _over_retention(
-    shares: str, names: str | None, which: Which, json_file: Path | None, picture: Path | None
+    shares: str,
+    names: str | None,
+    against: str,
+    which: Which,
+    json_file: Path | None,
+    picture: Path | None,
 ) -> None:
     """Every method at the same shares of the visual tokens."""
     import importlib.util
@@ -344,21 +352,24 @@ def _over_retention(
         points = retention.points(wanted, parts)
     except (TypeError, ValueError) as error:
         raise BadInput(str(error)) from None
+    if names is not None and against != "dycoke" and against not in wanted:
+        raise BadInput(f"--against {against}: it is none of the methods {', '.join(wanted)}")
     split, seed, count, model, _ = which
     assistant = _load(model, None, None, own_world=True)
     with _bars() as bars:
         lines = list(dict.fromkeys(point.setting for point in points))
         scores = _answers(assistant, lines, which, json_file, bars)
-    rows = retention.results(points, scores)
+    rows = retention.results(points, scores, against)
     title = f"StoryQA, {count} {split} stories from seed {seed}, {model or 'nano'}"
     for table in curves.tables(rows, title):
         out.print(table)
-    out.print(curves.LEGEND)
+    out.print(curves.LEGEND.format(against))
     if picture is not None:
         curves.picture(rows, title).savefig(picture, format="png")
         out.print(f"saved {picture}: accuracy over retention")
     if json_file is not None:
-        _finish({"stories": count, "seed": seed, "split": split, "results": rows}, json_file)
+        content = {"stories": count, "seed": seed, "split": split, "against": against}
+        _finish({**content, "results": rows}, json_file)
 
 
 @app.command()

@@ -30,11 +30,11 @@ def _percent(row: Row, task: str) -> float:
 
 
 def verdict(row: Row, task: str, basis: str) -> str:
-    """How a method compares with DyCoke at the same share: "+", "-", or " " for neither.
+    """How a method compares with its rival at the same share: "+", "-", or " " for neither.
 
     Only what the interval of the paired difference allows is claimed.
     """
-    against = row[task].get("to_dycoke", {}).get(basis)
+    against = row[task].get("to_rival", {}).get(basis)
     if against is None:
         return " "
     _, low, high = against
@@ -69,7 +69,7 @@ def _cell(row: Row, task: str, basis: str) -> str:
 
 
 LEGEND = (
-    "+ and -: above and below dycoke at the same share by a paired, story-clustered 95 % interval; "
+    "+ and -: above and below {} at the same share by a paired, story-clustered 95 % interval; "
     "(at x): the method cannot keep fewer than x"
 )
 

@@ -90,18 +90,20 @@ def _point(name: str, share: float, bases: tuple[str, ...], compressor: Any) -> 
     return Point(name, share, bases, Setting(f"{name} {share:.4g}{of}", name, compressor))
 
 
-def results(points: Sequence[Point], scores: dict[str, Scores]) -> list[dict[str, Any]]:
+def results(
+    points: Sequence[Point], scores: dict[str, Scores], rival: str = "dycoke"
+) -> list[dict[str, Any]]:
     """One dictionary per point, ready for JSON.
 
-    ``to_full`` and, for the same share on the same basis, ``to_dycoke`` are paired differences
-    with story-clustered bootstrap intervals, the latter per basis. ``reached`` is False where a
+    ``to_full`` and, per basis, ``to_rival`` are paired differences with story-clustered bootstrap
+    intervals, the latter to the method ``rival`` at the same share. ``reached`` is False where a
     method cannot keep as few tokens as asked for.
     """
-    rival = {
+    rivals = {
         (basis, point.retention): scores[point.setting.name]
         for point in points
         for basis in point.bases
-        if point.method == "dycoke"
+        if point.method == rival
     }
     rows = []
     for point in points:
@@ -125,11 +127,11 @@ def results(points: Sequence[Point], scores: dict[str, Scores]) -> list[dict[str
             if point.method != "full" and "full" in scores:
                 row[task]["to_full"] = paired_difference(counts, getattr(scores["full"], task))
             against = {
-                basis: paired_difference(counts, getattr(rival[basis, point.retention], task))
+                basis: paired_difference(counts, getattr(rivals[basis, point.retention], task))
                 for basis in point.bases
-                if (basis, point.retention) in rival and point.method != "dycoke"
+                if (basis, point.retention) in rivals and point.method != rival
             }
             if against:
-                row[task]["to_dycoke"] = against
+                row[task]["to_rival"] = against
         rows.append(row)
     return rows
