@@ -26,6 +26,7 @@ from dycoke.methods import METHODS, create
 from dycoke.report import Report
 
 ONE = ([[8]], [(5, 7)])
+TEXT_ONLY = {"input_ids": torch.tensor([[7, 8, 9]])}
 
 
 class Log:
@@ -237,8 +238,8 @@ def test_more_generations_than_reports_are_kept(model: Any, requests: Any) -> No
     account, _, _ = account_of(DyCoke())
     lm = StandIn(model)
     compress(lm, account)
-    lm.generate_until(requests[:1] * 101)
-    assert account.engaged == account.generations == 101
+    lm.generate_until([*requests[:1] * 101, TEXT_ONLY])
+    assert (account.engaged, account.generations) == (101, 102)
 
 
 def test_a_refusal_that_the_base_swallows_is_raised_at_the_end(model: Any, requests: Any) -> None:
@@ -267,12 +268,11 @@ def test_answers_of_another_copy_are_told(model: Any, requests: Any) -> None:
 
 
 def test_prompts_without_a_video_are_told_and_refused(model: Any) -> None:
-    text = {"input_ids": torch.tensor([[7, 8, 9]])}
     account, log, _ = account_of(DyCoke())
     lm = StandIn(model)
     compress(lm, account)
     with pytest.raises(UnsupportedError, match="none of 2 generations"):
-        lm.generate_until([text, text])
+        lm.generate_until([TEXT_ONLY] * 2)
     assert log.warnings == ["dycoke did not engage: no video in the prompt"]
 
 
