@@ -514,12 +514,34 @@ def test_an_error_leaves_nothing_behind(family: str) -> None:
         equal(seen_by(method), expected(family, model, second, ONE[0]))
 
 
+def test_an_interrupt_leaves_nothing_behind() -> None:
+    """Torch runs no hooks behind a forward that is interrupted."""
+    model = model_of("qwen2_5_vl")
+    first, second = (inputs_of("qwen2_5_vl", *ONE, seed=seed) for seed in (1, 2))
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    method = Recorder()
+    with method(model), torch.no_grad():
+        behind = model.get_decoder().layers[0].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**first)
+        behind.remove()
+        method.clips.clear()
+        model(**second)
+    equal(seen_by(method), expected("qwen2_5_vl", model, second, ONE[0]))
+
+
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize("at", [2, -2])
 def test_an_undeclared_image_beside_a_video(family: str, at: int) -> None:
     model, inputs = model_of(family), inputs_of(family, *ONE)
-    theirs = expected(family, model, inputs, ONE[0])
-    equal(recorded(model, images.insert(model, inputs, images.image_of(model), at)), theirs)
+    theirs, image = expected(family, model, inputs, ONE[0]), images.image_of(model)
+    equal(recorded(model, images.insert(model, inputs, image, at)), theirs)
+    with Recorder()(model), torch.no_grad():
+        output = model.base_model.get_image_features(**image, return_dict=True)
+    assert not hasattr(output, "vision")  # nobody asked
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
