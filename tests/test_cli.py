@@ -37,6 +37,7 @@ REPORT = [
     "retention",
     "final_retention",
     "samples",
+    "below",
 ]
 
 

@@ -24,13 +24,13 @@ def dictate(monkeypatch: Any) -> Any:
             from dycoke.engine import engine_of
 
             engine = engine_of(model)
-            assert engine is not None and engine.step is not None
-            visual = engine.step.cache.generation.visual
+            assert engine is not None and engine.inside.step is not None
+            visual = engine.inside.step.cache.generation.visual
             result = torch.zeros(keys.shape[0], keys.shape[2])
             wanted = next(waiting).expand(keys.shape[0], -1)
             return result.scatter(1, visual.rows, wanted[:, : visual.rows.shape[1]])
 
-        monkeypatch.setattr("dycoke.engine.query_scores", scores)
+        monkeypatch.setattr("dycoke.inside.query_scores", scores)
 
     return start
 
