@@ -75,6 +75,24 @@ def test_equals_a_plain_loop(frames, tokens, count, window, seed) -> None:
     assert budget_mask(features, count, window).tolist() == naive_mask(features, count, window)
 
 
+def uneven(frames: int, tokens: int, seed: int) -> torch.Tensor:
+    """Every third frame is new all over, the others hardly move."""
+    amount = torch.tensor([2.0 if f % 3 == 2 else 0.3 for f in range(frames)])
+    return clip(1, tokens, seed) + amount[:, None, None] * clip(frames, tokens, seed + 1000)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("frames", "tokens"), [(9, 5), (7, 8), (11, 4)])
+def test_every_budget_of_an_uneven_video_equals_a_plain_loop(frames, tokens, seed) -> None:
+    features = uneven(frames, tokens, seed)
+    smaller = torch.zeros(frames, tokens, dtype=torch.bool)
+    for count in range(1, frames * tokens + 1):
+        keep = budget_mask(features, count)
+        assert keep.tolist() == naive_mask(features, count, 4)
+        assert not (smaller & ~keep).any()
+        smaller = keep
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("frames", "tokens"), [(1, 1), (1, 7), (7, 1), (5, 9), (13, 6)])
 @pytest.mark.parametrize("window", [1, 3, 4])
