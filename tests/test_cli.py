@@ -38,6 +38,7 @@ REPORT = [
     "final_retention",
     "samples",
     "below",
+    "method",
 ]
 
 

@@ -71,6 +71,7 @@ def test_counts_are_true_and_near_the_budget(family: str, name: str, ratio: floa
         output, run = compressed(model, method, inputs, tokens=3)
     report = run.report
     (row,) = report.samples
+    assert str(report).startswith(f"{type(method).__name__}: {FRAMES} frames")
     assert report.engaged and row.visual_tokens == FRAMES * tiny.FAMILIES[family].tokens_per_frame
     # What was really held: the rows of every layer that keeps some.
     text = inputs["input_ids"].shape[1] - row.visual_tokens + 2

@@ -180,6 +180,7 @@ class Engine:
         for other in self.tallies:
             if other.frozen is None and (other.cache is None or other.cache() is None):
                 other.freeze()
+        tally.method = type(self.method).__name__
         self.tallies.append(tally)
         return tally
 

@@ -76,6 +76,7 @@ class Report(_Readable):
     final_retention : share of the visual tokens that the last layer attends to while decoding.
     below : share of the layers that hold all tokens that entered the LLM; less than 1 where a
         method drops some inside it.
+    method : the name of the compressor's class.
     """
 
     engaged: bool
@@ -88,10 +89,11 @@ class Report(_Readable):
     final_retention: float
     samples: tuple[SampleReport, ...]
     below: float = 1.0
+    method: str = "DyCoke"
 
     def __str__(self) -> str:
         if not self.engaged:
-            return f"DyCoke did not engage: {self.reason}"
+            return f"{self.method} did not engage: {self.reason}"
         visual = sum(s.visual_tokens for s in self.samples)
         kept = sum(s.kept_tokens for s in self.samples)
         active = sum(s.active_tokens for s in self.samples)
@@ -100,10 +102,11 @@ class Report(_Readable):
         frames = sum(s.frames for s in self.samples)
         given = {v.source for s in self.samples for v in s.videos}
         given_as = " given as images" if given == {"images"} else ""
+        mean = ", the mean over layers" if self.below < 1 else ""
         lines = [
-            f"DyCoke: {frames} frames{given_as}, {visual} visual tokens in "
+            f"{self.method}: {frames} frames{given_as}, {visual} visual tokens in "
             f"{len(self.samples)} sample(s)",
-            f"  kept      {kept} ({self.retention:.2%})",
+            f"  kept      {kept} ({self.retention:.2%}{mean})",
             f"  attended  {active} per decode step ({self.final_retention:.2%})",
             f"  decoding  {self.decode_steps} steps, {refreshes} refreshes, "
             f"{recalled} tokens recalled",

@@ -58,7 +58,8 @@ class Tally:
 
     ``videos`` lists the videos of each row of the batch. ``visual`` is the state that the cache
     holds (None where nothing was touched). ``length`` is the input length of the last forward.
-    ``below`` is the share of layers below the one where tokens were dropped, if any were.
+    ``below`` is the share of layers below the one where tokens were dropped, if any were, and
+    ``method`` the name of the compressor's class.
     """
 
     settings: dict[str, Any]
@@ -72,6 +73,7 @@ class Tally:
     length: int = 0
     cache: weakref.ref[Any] | None = None
     below: float | None = None
+    method: str = "DyCoke"
     frozen: Report | None = None
 
     def after_forward(self, cache: Any, length: int, decode: bool) -> None:
@@ -96,7 +98,9 @@ class Tally:
         self.visual.refreshes = torch.zeros_like(self.visual.refreshes)
         self.visual.recalled = torch.zeros_like(self.visual.recalled)
         trace = self.trace and Trace([SampleTrace(s.keep) for s in self.trace.samples])
-        return Tally(self.settings, self.videos, self.visual, self.reason, trace, below=self.below)
+        turn = Tally(self.settings, self.videos, self.visual, self.reason, trace)
+        turn.below, turn.method = self.below, self.method
+        return turn
 
     def map_batch(self, pick: Callable[[Tensor], Tensor]) -> None:
         """Follow beams and copies of the cache's rows."""
@@ -145,6 +149,7 @@ class Tally:
             final_retention=share(active, visual),
             samples=samples,
             below=1.0 if self.below is None else self.below,
+            method=self.method,
         )
 
 
