@@ -102,11 +102,13 @@ class Report(_Readable):
         frames = sum(s.frames for s in self.samples)
         given = {v.source for s in self.samples for v in s.videos}
         given_as = " given as images" if given == {"images"} else ""
-        mean = ", the mean over layers" if self.below < 1 else ""
+        held = f"{kept} ({self.retention:.2%})"
+        if self.below < 1:
+            held = f"{self.retention:.2%} as a mean over the layers; {kept} enter the first"
         lines = [
             f"{self.method}: {frames} frames{given_as}, {visual} visual tokens in "
             f"{len(self.samples)} sample(s)",
-            f"  kept      {kept} ({self.retention:.2%}{mean})",
+            f"  kept      {held}",
             f"  attended  {active} per decode step ({self.final_retention:.2%})",
             f"  decoding  {self.decode_steps} steps, {refreshes} refreshes, "
             f"{recalled} tokens recalled",
