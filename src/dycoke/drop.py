@@ -128,9 +128,9 @@ def shorten_layer(inputs: dict[str, Any], source: Tensor, rows: int) -> None:
             continue
         if name == "position_embeddings":  # cosine and sine, (..., B or 1, R, D)
             inputs[name] = tuple(_gathered(x, source, x.ndim - 2) for x in value)
-        elif name in ("position_ids", "cache_position") and isinstance(value, Tensor):
+        elif name == "position_ids" and isinstance(value, Tensor):  # (..., B or 1, R)
             inputs[name] = _gathered(value, source, value.ndim - 1)
-        elif isinstance(value, Tensor) and rows in value.shape[:2] and value.ndim > 1:
+        elif isinstance(value, Tensor) and rows in value.shape[:2]:
             raise UnsupportedError(
                 f"decoder layers are handed {name!r}, with a row per token, which DyCoke does not "
                 "know how to shorten; use a method that works before the LLM"
@@ -138,11 +138,11 @@ def shorten_layer(inputs: dict[str, Any], source: Tensor, rows: int) -> None:
 
 
 def _gathered(values: Tensor, source: Tensor, dim: int) -> Tensor:
-    """The rows ``source`` (B, R') of ``values``, whose dimension ``dim`` counts rows."""
-    source = source.to(values.device)
-    if dim == 0:  # one for the whole batch, (R,)
-        return values[source[-1]] if len(source) == 1 else values[: source.shape[1]]
-    batch = len(source)
+    """The rows ``source`` (B, R') of ``values``, whose dimension ``dim`` counts rows.
+
+    The dimension before it is the batch, or 1.
+    """
+    source, batch = source.to(values.device), len(source)
     shape = list(values.shape)
     shape[dim - 1] = batch
     values = values.expand(shape)
