@@ -11,7 +11,8 @@ from support import close, compressed, families, generate, inputs_of, model_of
 from transformers import DynamicCache
 
 from dycoke import DyCoke, UnsupportedError
-from dycoke.cache import Generation, adopt
+from dycoke.cache import adopt
+from dycoke.cache_rules import Generation
 from dycoke.lead import lead_of
 from dycoke.rows import arrange
 from dycoke.selection import top_mask

@@ -24,13 +24,13 @@ def dictate(monkeypatch: Any) -> Any:
             from dycoke.engine import engine_of
 
             engine = engine_of(model)
-            assert engine is not None and engine.inside.step is not None
-            visual = engine.inside.step.cache.generation.visual
+            assert engine is not None and engine.running is not None
+            visual = engine.running.cache.generation.visual
             result = torch.zeros(keys.shape[0], keys.shape[2])
             wanted = next(waiting).expand(keys.shape[0], -1)
             return result.scatter(1, visual.rows, wanted[:, : visual.rows.shape[1]])
 
-        monkeypatch.setattr("dycoke.inside.query_scores", scores)
+        monkeypatch.setattr("dycoke.engine.query_scores", scores)
 
     return start
 
@@ -124,7 +124,7 @@ def test_only_the_last_trace_is_kept() -> None:
         for _ in range(3):
             generate(model, inputs, tokens=2)
         engine = run._engine
-        assert [tally.trace is None for tally in engine.tallies] == [True, True, False]
+        assert [tally.trace is None for tally in engine.records.tallies] == [True, True, False]
     assert run.trace is not None
 
 

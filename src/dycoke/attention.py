@@ -22,7 +22,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dycoke.errors import UnsupportedError
 
 KEY = "dycoke"
-BLOCK = 1 << 24  # attention weights that `received` holds at once: 64 MB in float32
 
 # (inner, module, args, kwargs) -> what the attention function returns. `inner` is the function
 # that the module would have called; args are query, key, value, attention_mask.
@@ -122,42 +121,6 @@ def query_scores(
     if key_mask is not None:
         logits = logits.masked_fill(~key_mask[:, None, None], -torch.inf)
     return logits.softmax(-1).mean((1, 2))
-
-
-def received(
-    query: Tensor, keys: Tensor, scaling: float | None, hidden: Tensor | None = None
-) -> Tensor:
-    """Attention that each key gets: summed over queries, a mean over heads.
-
-    Parameters
-    ----------
-    query : Tensor, shape (B, H, Q, C)
-    keys : Tensor, shape (B, H, K, C)
-    scaling : float or None
-        1 / sqrt(C) where None.
-    hidden : Tensor, bool, shape (B, 1, 1, K), or None
-        Keys that nobody sees.
-
-    Returns
-    -------
-    Tensor, shape (B, K)
-        float32, or float64 for float64 inputs. At most `BLOCK` weights are held at once.
-    """
-    batch, heads, queries, width = query.shape
-    scaling = width**-0.5 if scaling is None else scaling
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    total = query.new_zeros(batch, keys.shape[2], dtype=dtype)
-    rows = max(1, BLOCK // (heads * keys.shape[2]))
-    frames = max(1, rows // queries)
-    for start in range(0, batch, frames):
-        part = slice(start, start + frames)
-        key = keys[part].to(dtype).transpose(2, 3)
-        for first in range(0, queries, rows):
-            logits = (query[part, :, first : first + rows].to(dtype) * scaling) @ key
-            if hidden is not None:
-                logits = logits.masked_fill(hidden[part], -torch.inf)
-            total[part] += logits.softmax(-1).sum((1, 2))
-    return total / heads
 
 
 def native_mask(

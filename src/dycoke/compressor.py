@@ -6,11 +6,10 @@ models and videos, in turn or at once.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from dycoke.clip import CLIP, Clip, video_budget
 from dycoke.engine import Engine, engine_of
 from dycoke.finder import Frames
 from dycoke.merging import budget_mask, merge_mask, merge_mean
+from dycoke.method import Method
 from dycoke.models import Layout
 from dycoke.report import Report
 from dycoke.rows import Visual
@@ -36,7 +36,7 @@ class Run:
     @property
     def reports(self) -> list[Report]:
         """Reports of the last 100 generations, oldest first."""
-        return self._engine.reports()
+        return [tally.report() for tally in list(self._engine.records.tallies)]
 
     @property
     def report(self) -> Report | None:
@@ -47,98 +47,15 @@ class Run:
     @property
     def trace(self) -> Trace | None:
         """What the last generation kept and attended to; None unless ``trace=True``."""
-        return self._engine.traced()
+        tallies = self._engine.records.tallies
+        return tallies[-1].trace if tallies else None
 
 
-class Compressor(ABC):
+class Compressor(Method):
     """Settings of a method: ``with Method(...)(model) as run: model.generate(...)``.
 
-    A method takes part through one or more doors: `merge_tokens` before the LLM, `drop_tokens`
-    inside it at prefill, `select_tokens` at each decode step. What it does not define keeps
-    everything.
-
-    Attributes
-    ----------
-    prune_ratio : share of the visual tokens that a decode step does not attend to; above 0 opens
-        `select_tokens`.
-    prune_layer : the first decoder layer that this holds for.
-    positions : "original" or "compact", see `DyCoke`.
-    needs_vision : whether `merge_tokens` wants the vision encoder's scores and keys.
+    What it may do, and when, is `Method`'s.
     """
-
-    prune_ratio: float = 0.0
-    prune_layer: int = 1
-    positions: str = "original"
-    needs_vision: ClassVar[bool] = False
-
-    @property
-    @abstractmethod
-    def idle(self) -> bool:
-        """True where the settings ask for no compression at all."""
-
-    def merge_tokens(self, features: Tensor, clip: Clip = CLIP) -> tuple[Tensor, Tensor]:
-        """Which visual tokens of a video enter the LLM.
-
-        Parameters
-        ----------
-        features : Tensor, shape (F, N, D)
-        clip : Clip
-            What else is known of the video.
-
-        Returns
-        -------
-        features : Tensor, shape (F, N, D)
-            What goes on at the places that stay; the input itself where nothing is averaged.
-        keep : Tensor, bool, shape (F, N)
-        """
-        return features, torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-
-    def drop_layer(self, layers: int) -> int | None:
-        """The first decoder layer of ``layers`` that goes on without the tokens that are dropped.
-
-        None, the default, drops nothing inside the LLM.
-        """
-        return None
-
-    def drop_tokens(self, scores: Tensor, states: Tensor, below: float) -> tuple[Tensor, Tensor]:
-        """Which visual tokens of a sample go on at `drop_layer`, once, at prefill.
-
-        Parameters
-        ----------
-        scores : Tensor, shape (V,)
-            Attention of the prompt's last token in the layer below, a mean over heads, to the
-            sample's visual tokens (all its videos, in prompt order).
-        states : Tensor, shape (V, D)
-            Their hidden states as they enter the layer.
-        below : float
-            Share of the decoder's layers that still hold all V tokens.
-
-        Returns
-        -------
-        states : Tensor, shape (V, D)
-            What goes on at the places that stay; the input itself where nothing is averaged.
-        keep : Tensor, bool, shape (V,)
-            At least one where V > 0.
-        """
-        return states, torch.ones_like(scores, dtype=torch.bool)
-
-    def select_tokens(self, scores: Tensor, visual: Visual) -> tuple[Tensor, Tensor]:
-        """Which visual tokens a decode step attends to.
-
-        Parameters
-        ----------
-        scores : Tensor, shape (B, V)
-            Attention of the newest token in layer ``prune_layer - 1``; 0 for padding.
-        visual : Visual
-            Counts, the active set, and the attention of the step before.
-
-        Returns
-        -------
-        active : Tensor, bool, shape (B, V)
-            ``visual.counts[b]`` tokens of each sample.
-        refreshed : Tensor, bool, shape (B,)
-        """
-        return visual.active, torch.zeros_like(visual.counts, dtype=torch.bool)
 
     def __call__(
         self,

@@ -5,59 +5,15 @@ Layers below the door hold every row of the shortened prompt, those from it on o
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dycoke.attention import query_scores
 from dycoke.errors import UnsupportedError
-from dycoke.layers import FULL, layer_types
+from dycoke.method import Method
 from dycoke.rows import RowMap, Visual
-
-
-class Dropper(Protocol):
-    """The part of a method that works inside the LLM."""
-
-    def drop_layer(self, layers: int) -> int | None: ...
-
-    def drop_tokens(
-        self, scores: Tensor, states: Tensor, below: float
-    ) -> tuple[Tensor, Tensor]: ...
-
-
-def door(method: Dropper, config: Any, levels: int) -> int | None:
-    """The first layer without the dropped rows; None where the method drops nothing.
-
-    Parameters
-    ----------
-    config : the decoder's.
-    levels : first layers behind which features are added to visual tokens (deepstack): these need
-        all rows.
-
-    Raises
-    ------
-    UnsupportedError
-        Where the decoder has layers whose rows cannot leave, or too few layers.
-    """
-    types = layer_types(config)
-    layer = method.drop_layer(len(types))
-    if layer is None:
-        return None
-    name = type(method).__name__
-    if set(types) != {FULL} or getattr(config, "num_kv_shared_layers", None):
-        raise UnsupportedError(
-            f"{name} drops tokens inside the LLM, which works where all layers have full attention "
-            f"and keys of their own; this decoder has {', '.join(sorted(set(types)))}: use a "
-            "method that works before the LLM (`dycoke methods`)"
-        )
-    layer = max(layer, levels)
-    if not 1 <= layer < len(types):
-        raise UnsupportedError(
-            f"{name} drops tokens in front of layer {layer}, and the decoder has {len(types)} "
-            "layers: it needs one below and one above"
-        )
-    return layer
 
 
 def last_token_scores(
@@ -74,7 +30,7 @@ def last_token_scores(
 
 
 def drop_rows(
-    method: Dropper, hidden: Tensor, scores: Tensor, plain: RowMap, visual: Visual, below: float
+    method: Method, hidden: Tensor, scores: Tensor, plain: RowMap, visual: Visual, below: float
 ) -> tuple[Tensor, Tensor, RowMap]:
     """Ask the method what leaves, sample by sample.
 

@@ -1,9 +1,9 @@
-"""The hooks that compress under an untouched ``generate()``.
+"""The hooks that compress under an untouched ``generate()``, in the order of events.
 
-A video's way: the model's pre-hook finds the video tokens in the prompt; the decoder's pre-hook
-drops merged rows and grows generate's cache into ours; at each decode step the attention override
-of one layer scores the visual tokens, a new selection exchanges rows, and the layers above attend
-to the active ones. A method takes part through doors (`Method`).
+The base model's pre-hook finds the video tokens of a prompt. The decoder's pre-hook drops the
+merged rows and grows generate's cache into ours; where a method drops rows inside, the first upper
+layer's pre-hook asks it. At a decode step the attention of one layer scores the visual tokens, a
+new selection exchanges rows of the cache, and the layers above attend to the active ones.
 
 Nothing here knows a model family (`models`) or a formula (`merging`, `selection`).
 """
@@ -12,41 +12,30 @@ from __future__ import annotations
 
 import inspect
 import threading
-import warnings
 import weakref
-from collections import deque
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from dycoke.cache import DycokeCache, Generation, adopt, check_cache, prompt_of
+from dycoke import guards
+from dycoke.attention import Override, attention_of, native_mask, query_scores
+from dycoke.cache import DycokeCache, adopt
+from dycoke.cache_rules import Generation, prompt_of
+from dycoke.drop import drop_rows, last_token_scores, shorten_layer
 from dycoke.errors import UnsupportedError
 from dycoke.finder import Finder, Frames
-from dycoke.inside import Inside, Step, Within, named
-from dycoke.layers import FULL, check_layers, layer_types
+from dycoke.layers import plan_layers
 from dycoke.lead import lead_of
+from dycoke.method import Method
 from dycoke.models import Layout, Masks, VideoSpan
-from dycoke.onward import Onward, place
-from dycoke.report import Report
+from dycoke.onward import GenerateHooks, place
 from dycoke.rows import RowMap
-from dycoke.shorten import Merger, clips_of, shorten
-from dycoke.tally import IDLE, SampleTrace, Tally, Trace, videos_by_sample
+from dycoke.shorten import clips_of, shorten
+from dycoke.tally import IDLE, Records, Tally
 from dycoke.vision import Vision
-
-
-class Method(Merger, Within, Protocol):
-    """The doors of a method, and the settings that the engine itself needs."""
-
-    needs_vision: ClassVar[bool]
-
-    def to_dict(self) -> dict[str, Any]: ...
-
-
-class _Untouched(Exception):
-    """Why a forward has nothing to compress."""
-
 
 # Models that an engine is on, by their decoder; one engine at a time. The model's hooks keep the
 # engine alive, so that both go when the model goes.
@@ -58,6 +47,45 @@ def engine_of(model: Any) -> Engine | None:
     """The engine that is on this model now, if any."""
     engine = _ENGAGED.get(model.get_decoder())
     return None if engine is None else engine()
+
+
+@dataclass(eq=False)
+class Forward:
+    """One forward of the model, from its first hook to its last.
+
+    Attributes
+    ----------
+    labels : whether labels were given.
+    inputs : what the base model received, by name.
+    videos, reason : the video tokens of the prompt, or why there is nothing to compress.
+    length : tokens that come into the decoder, before any are dropped.
+    prefill : whether ``cache`` (ours, or None) is new.
+    counts : whether it counts as a decode step of ``tally``.
+    attention_mask : the user's, (B, logical length), or None.
+    plain_mask : which keys the lower layers may see, (B, rows), or None.
+    upper_masks : per device, what the upper layers hand to their attention function.
+    scores, source : where a method drops rows inside: attention of each prompt's last token,
+        (B, rows), and the rows that stayed, (B, rows left), once they are known.
+    """
+
+    labels: bool = False
+    inputs: dict[str, Any] | None = None
+    videos: list[VideoSpan] = field(default_factory=list)
+    reason: str | None = None
+    length: int = 0
+    prefill: bool = False
+    counts: bool = False
+    cache: DycokeCache | None = None
+    tally: Tally | None = None
+    attention_mask: Tensor | None = None
+    plain_mask: Tensor | None = None
+    upper_masks: dict[torch.device, Any] = field(default_factory=dict)
+    scores: Tensor | None = None
+    source: Tensor | None = None
+
+    @property
+    def decode(self) -> bool:
+        return self.length == 1 and not self.prefill
 
 
 class Engine:
@@ -75,51 +103,28 @@ class Engine:
         layout: Layout | None = None,
         frames: Frames | None = None,
     ) -> None:
-        for name in ("get_decoder", "config", "base_model"):
-            if not hasattr(model, name):
-                raise TypeError(
-                    f"expected a transformers model, got {type(model).__name__} without .{name}"
-                )
+        guards.check_model(model)
         self.model, self.method, self.trace = model, method, trace
         self.base: Any = model.base_model
         self.decoder: Any = model.get_decoder()
         self.finder = Finder(self.base.config, layout, frames)
         self.masks: Masks | None = getattr(self.finder.family, "masks", None)
-        # Where a model knows no logits_to_keep, nothing tells candidates from a new turn. A bare
-        # base model is not what generate runs.
-        known = inspect.signature(model.forward).parameters
-        self.tells = model is self.base or "logits_to_keep" in known
-        self.tallies: deque[Tally] = deque(maxlen=100)
-        self._local = threading.local()
-        self._turn = threading.Lock()
-        self._owner: int | None = None
-        self._hooks: list[Any] = []
-        self._onward: Onward | None = None
-        self._check_settings()
-        self.inside = Inside(self.decoder, method, self._levels(), trace)
+        guards.check_settings(model, method, self.finder.rope)
+        vision = getattr(self.base.config, "vision_config", None)
+        levels = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+        self.layers = plan_layers(self.decoder.config, method, levels, trace)
+        self.implementation = self.decoder.config._attn_implementation
         self.vision: Vision | None = None
         if method.needs_vision and (trace or not method.idle):
             self.vision = Vision(model, self.finder.family, self.finder.kinds)
-
-    def _check_settings(self) -> None:
-        method = self.method
-        if method.positions == "compact" and self.finder.rope == "3-D":
-            raise UnsupportedError(
-                f"positions='compact' renumbers 1-D positions, and {self.base.config.model_type} "
-                "has 3-D ones; use positions='original'"
-            )
-        if self.decoder.config._attn_implementation == "flex_attention":
-            raise UnsupportedError(
-                "FlexAttention's block masks cannot follow rows that move; load the model with "
-                'attn_implementation="sdpa" (or flash_attention_2, eager)'
-            )
-        if not method.idle:  # plain generation may do whatever it can
-            check_layers(self.decoder.config, method.prune_layer, method.prune_ratio > 0)
-
-    def _levels(self) -> int:
-        """Layers behind which the family adds features to visual tokens."""
-        vision = getattr(self.base.config, "vision_config", None)
-        return len(getattr(vision, "deepstack_visual_indexes", None) or ())
+        self.records = Records(method, self.layers.below, trace)
+        self.running: Forward | None = None  # the decoder's forward; one at a time
+        self._local = threading.local()  # forward: that of this thread's model, from its first hook
+        self._turn = threading.Lock()
+        self._owner: int | None = None
+        self._hooks: list[Any] = []
+        self._overrides: list[Override] = []
+        self._generate: GenerateHooks | None = None
 
     # Installing and removing
 
@@ -132,19 +137,25 @@ class Engine:
                 )
             _ENGAGED[self.decoder] = weakref.ref(self)
         try:
-            self.inside.install(self._hook_forward)
+            for i, layer in enumerate(self.decoder.layers):
+                if i == self.layers.scoring:
+                    self._overrides.append(Override(attention_of(layer), self._score))
+                elif i in self.layers.upper:
+                    self._overrides.append(Override(attention_of(layer), self._attend))
+                    if self.layers.drop is not None:
+                        self._hook(layer, self._drop)
             if self.vision is not None:
-                self.vision.install(self._hook_forward)
+                self.vision.install(self._hook)
             if self.model is not self.base:
-                self._hook_forward(self.model, self._on_call, None)
-            self._hook_forward(self.base, self._on_prompt, self._after_prompt)
-            self._hook_forward(self.decoder, self._enter, self._leave)
-            self._onward = Onward(self.model, self.method.idle)
+                self._hook(self.model, self._on_call)
+            self._hook(self.base, self._on_prompt, self._after_prompt)
+            self._hook(self.decoder, self._enter, self._leave)
+            self._generate = GenerateHooks(self.model, self.method.idle, bool(self.layers.upper))
         except BaseException:
             self.remove()
             raise
 
-    def _hook_forward(self, module: nn.Module, before: Any, after: Any) -> None:
+    def _hook(self, module: nn.Module, before: Any, after: Any = None) -> None:
         # A compiled model runs hooks as they are: traced, they would be compiled again each step.
         eagerly: Any = torch.compiler.disable
         self._hooks.append(module.register_forward_pre_hook(eagerly(before), with_kwargs=True))
@@ -158,95 +169,40 @@ class Engine:
         self._acquire()
         for hook in self._hooks:
             hook.remove()
-        self.inside.restore()
-        if self._onward is not None:
-            self._onward.restore()
-        if self.vision is not None:
-            self.vision.restore()
-        self._hooks, self._onward = [], None
+        for patch in (*self._overrides, self._generate, self.vision):
+            if patch is not None:
+                patch.restore()
+        self._hooks, self._overrides, self._generate = [], [], None
         if engine_of(self.model) is self:
             del _ENGAGED[self.decoder]
         self._release()
 
-    # Reports
-
-    def reports(self) -> list[Report]:
-        return [tally.report() for tally in list(self.tallies)]
-
-    def traced(self) -> Trace | None:
-        return self.tallies[-1].trace if self.tallies else None
-
-    def _open(self, tally: Tally) -> Tally:
-        for other in self.tallies:
-            if other.frozen is None and (other.cache is None or other.cache() is None):
-                other.freeze()
-        tally.method = type(self.method).__name__
-        self.tallies.append(tally)
-        return tally
-
-    # The model's pre-hooks: find the video tokens
+    # The model's hooks: find the video tokens
 
     def _on_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        inputs = named(module, args, kwargs)
-        asked = inputs.get("logits_to_keep")
-        self._local.labels = inputs.get("labels") is not None
-        # Assisted decoding asks for the logits of several tokens at once.
-        self._local.several = isinstance(asked, int) and asked > 1
+        self._local.forward = Forward(labels=named(module, args, kwargs).get("labels") is not None)
 
     def _on_prompt(
         self, module: Any, args: Any, kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
-        local = self._local
-        local.spans, local.reason = [], None
-        local.inputs = inputs = dict(named(module, args, kwargs))
+        forward = self._local.forward = getattr(self._local, "forward", None) or Forward()
+        forward.inputs = inputs = dict(named(module, args, kwargs))
         try:
-            local.spans = self._find(module, inputs)
-        except _Untouched as why:
-            local.reason = str(why)
+            forward.videos, forward.reason = self.finder.videos(
+                module, inputs, forward.labels, self._speculative
+            )
         except UnsupportedError:
             if not self.method.idle:  # plain generation may do whatever it can
                 raise
         place(inputs)
         return (), inputs
 
-    def _find(self, module: Any, inputs: dict[str, Any]) -> list[VideoSpan]:
-        """Where the videos of this forward's prompt are."""
-        if getattr(self._local, "labels", False) or module.training:
-            raise _Untouched("labels were given or the model is in training mode")
-        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        past = inputs.get("past_key_values")
-        filled = past is not None and past.get_seq_length() > 0
-        if ids is None:
-            if not filled and embeds is not None and embeds.shape[1] > 1:
-                warnings.warn(
-                    "DyCoke got inputs_embeds without input_ids and cannot find the video tokens; "
-                    "pass input_ids and pixels instead",
-                    stacklevel=2,
-                )
-            raise _Untouched("inputs_embeds without input_ids: video tokens cannot be found")
-        if not self.finder.arrived(inputs):
-            several = getattr(self._local, "several", False)
-            several = several or (not self.tells and isinstance(past, DycokeCache))
-            # One wait for the device, at prefill only. Candidates may repeat a placeholder.
-            if ids.shape[1] > 1 and not several and self.finder.lacks_video(ids, inputs):
-                raise UnsupportedError(
-                    "the prompt has video placeholders and no video came with them; pass the "
-                    "processor's whole output, and prefill at once, without prefill_chunk_size"
-                )
-            raise _Untouched(self.finder.why_untouched(inputs))
-        if filled:
-            raise UnsupportedError(
-                "video tokens arrived for a cache that is not empty: prefill a video in one go, "
-                "without prefill_chunk_size, and start a new cache for a new video"
-            )
-        spans = self.finder.find(module.config, inputs)
-        if not spans:
-            raise _Untouched(self.finder.why_untouched(inputs))
-        return spans
+    @property
+    def _speculative(self) -> bool:
+        return self._generate is not None and self._generate.speculative
 
     def _after_prompt(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        local = self._local
-        local.spans, local.inputs, local.labels, local.several = [], None, False, False
+        self._local.forward = None
 
     # The decoder's hooks: drop rows, take over the cache, count
 
@@ -254,35 +210,43 @@ class Engine:
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
         self._acquire()
-        self._check_attention()
+        if self._overrides:
+            guards.check_attention(self.decoder, self.implementation)
+        forward = getattr(self._local, "forward", None) or Forward()
         inputs = dict(named(module, args, kwargs))
-        spans: list[VideoSpan] = getattr(self._local, "spans", [])
-        several: bool = getattr(self._local, "several", False)
-        past, length = inputs.get("past_key_values"), inputs["inputs_embeds"].shape[1]
-        step = Step(length)
+        past, forward.length = inputs.get("past_key_values"), inputs["inputs_embeds"].shape[1]
         if isinstance(past, DycokeCache):
-            self._go_on(step, past, inputs, several)
-        elif spans and (self.trace or not self.method.idle):
-            self._prefill(step, spans, inputs, several)
-        else:
-            self._watch(step, spans, inputs, several)
-        if step.cache is not None:
-            step.cache.generation.step = step
-        self.inside.step = step
+            self._go_on(forward, past, inputs)
+        elif forward.videos and (self.trace or not self.method.idle):
+            self._prefill(forward, inputs)
+        else:  # stays untouched: only count it
+            batch, reason = inputs["inputs_embeds"].shape[0], forward.reason or IDLE
+            self._count(forward, past, None, None, batch, reason)
+        if forward.cache is not None:
+            forward.cache.generation.step = forward
+        self.running = forward
         return (), inputs
 
     def _leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        step = self.inside.step
-        if step is not None and step.cache is not None:
-            step.cache.generation.step = None
+        forward = self.running
+        if forward is not None and forward.cache is not None:
+            forward.cache.generation.step = None
         # After an exception there is no output, and nothing is counted.
-        if step is not None and output is not None:
-            if step.cache is not None:
-                step.cache.generation.length += step.length
+        if forward is not None and forward.tally is not None and output is not None:
+            if forward.cache is not None:
+                forward.cache.generation.length += forward.length
             made = getattr(output, "past_key_values", None)
-            cache = made if step.cache is None else step.cache
-            step.tally.after_forward(cache, step.length, step.counts)
+            cache = made if forward.cache is None else forward.cache
+            forward.tally.after_forward(cache, forward.length, forward.counts)
         self._release()
+
+    def _count(self, forward: Forward, cache: Any, *new: Any) -> None:
+        """Where this forward is counted: a generation that goes on, or a new one."""
+        several = self._speculative and not forward.videos
+        forward.tally = self.records.going_on(cache, forward.length, several)
+        forward.counts = forward.tally is not None
+        if forward.tally is None:
+            forward.tally = self.records.start(forward.videos, *new)
 
     def _acquire(self) -> None:
         """One decoder forward at a time. An interrupt may have left this thread's own lock."""
@@ -294,184 +258,165 @@ class Engine:
     def _release(self) -> None:
         if self._owner is not None:
             self._owner = None
-            self.inside.step = None
+            self.running = None
             self._turn.release()
 
-    def _watch(
-        self, step: Step, spans: list[VideoSpan], inputs: dict[str, Any], several: bool
-    ) -> None:
-        """A forward that stays untouched: only count it."""
-        if self._continues(step, inputs.get("past_key_values"), several):
-            return
-        reason = getattr(self._local, "reason", None) or IDLE
-        counts = [span.positions.numel() for span in spans]
-        videos = videos_by_sample(spans, counts, inputs["inputs_embeds"].shape[0])
-        step.tally = self._open(Tally(self.method.to_dict(), videos, reason=reason))
-
-    def _continues(self, step: Step, cache: Any, several: bool) -> bool:
-        # Without a cache only the newest can be told from chance.
-        known = self.tallies if cache is not None else list(self.tallies)[-1:]
-        for tally in reversed(known):
-            if tally.goes_on(cache, step.length, several):
-                step.tally, step.counts = tally, True
-                return True
-        return False
-
-    def _prefill(
-        self, step: Step, spans: list[VideoSpan], inputs: dict[str, Any], several: bool
-    ) -> None:
+    def _prefill(self, forward: Forward, inputs: dict[str, Any]) -> None:
         """Merge, shorten the prompt in ``inputs``, and take over the cache."""
-        method = self.method
-        batch, length, _ = inputs["inputs_embeds"].shape
-        cache = self._checked_cache(inputs)
-        mask = self._checked_mask(inputs.get("attention_mask"))
-        inputs["attention_mask"] = mask
-        lead = lead_of(inputs.get("position_ids"), mask, inputs["inputs_embeds"])
-        device = inputs["inputs_embeds"].device
-        seen = None if self.vision is None else self.vision.take(spans, device)
-        clips = clips_of(spans, seen)
-        rows, masks = shorten(inputs, spans, method, cached=cache is not None, clips=clips)
-
-        prunes = rows.pruned is not rows.plain
-        if self.inside.door is not None:
+        method, drops = self.method, self.layers.drop is not None
+        cache = guards.checked_cache(inputs, self.decoder, method, drops)
+        if cache is None:
+            cache = DynamicCache(config=self.decoder.config)
+        embeds, cached = inputs["inputs_embeds"], cache is not False
+        mask = guards.checked_mask(inputs.get("attention_mask"), forward.inputs)
+        inputs["attention_mask"] = forward.attention_mask = mask
+        lead = lead_of(inputs.get("position_ids"), mask, embeds)
+        seen = self.vision and self.vision.take(forward.videos, embeds.device)
+        clips = clips_of(forward.videos, seen)
+        rows, kept = shorten(inputs, forward.videos, method, cached, clips)
+        if drops:
             # Its own map from the start: what the layers above hold is known once they are reached.
             rows.pruned = RowMap(rows.plain.index, rows.plain.padded, rows.plain.first)
-            step.plain_mask = rows.plain.key_mask(
+            forward.plain_mask = rows.plain.key_mask(
                 mask, rows.source.shape[1], rows.source.device, decode=False
             )
-            step.attention_mask = mask
-        chooses = prunes or self.inside.door is not None
-        if not self._continues(step, cache, several=False):
-            counts = torch.stack([kept.sum() for kept in masks]).tolist()
-            tally = Tally(method.to_dict(), videos_by_sample(spans, counts, batch), rows.visual)
-            tally.reason = IDLE if method.idle else None
-            tally.below = self.inside.below
-            if self.trace:
-                tally.trace = Trace([SampleTrace(keep=[]) for _ in range(batch)])
-                for span, kept in zip(spans, masks, strict=True):
-                    tally.trace.samples[span.sample].keep.append(kept.cpu())
-            step.tally = self._open(tally)
-        if cache is not None:
+        reason = IDLE if method.idle else None
+        self._count(forward, cache or None, kept, rows.visual, len(embeds), reason)
+        if cached:
             generation = Generation(
                 owner=method,
-                prompt=prompt_of(self._local.inputs["input_ids"], mask),
-                prompt_length=length,
+                prompt=prompt_of(forward.inputs["input_ids"], mask),  # type: ignore[index]
+                prompt_length=forward.length,
                 length=0,
                 plain=rows.plain,
                 pruned=rows.pruned,
                 visual=rows.visual,
                 dropped=rows.dropped[:, -1],
                 lead=lead,
-                tally=step.tally,
-                refuse_crop=ASSISTED if several and chooses else None,
-                refuse_below=0 if self.tells or not chooses else length,
+                tally=forward.tally,
             )
-            adopt(cache, generation, self.inside.upper, len(self.decoder.layers))
-            inputs["past_key_values"] = cache
-            step.cache, step.prefill = cache, True
+            adopt(cache, generation, self.layers.upper, len(self.decoder.layers))
+            inputs["past_key_values"] = forward.cache = cache
+            forward.prefill = True
         if self.masks is not None:
-            made = self.masks(self.base.config, self._local.inputs, inputs, rows)
+            made = self.masks(self.base.config, forward.inputs, inputs, rows)  # type: ignore[arg-type]
             inputs["attention_mask"] = inputs["attention_mask"] if made is None else made
 
-    def _checked_cache(self, inputs: dict[str, Any]) -> DynamicCache | None:
-        """The empty `DynamicCache` to take over; None without a cache; else an error."""
-        cache = inputs.get("past_key_values")
-        if cache is None:
-            use_cache = inputs.get("use_cache")
-            if use_cache is None:
-                use_cache = self.decoder.config.use_cache
-            if use_cache:
-                return DynamicCache(config=self.decoder.config)
-            if self.method.prune_ratio > 0:
-                raise UnsupportedError(
-                    f"prune_ratio={self.method.prune_ratio} chooses rows of the KV cache, and "
-                    "use_cache=False has none; drop use_cache=False, or use prune_ratio=0"
-                )
-            if self.inside.door is not None:
-                raise UnsupportedError(
-                    f"{type(self.method).__name__} would drop other tokens in every step, since "
-                    "use_cache=False reads the whole prompt again; drop use_cache=False"
-                )
-            return None
-        check_cache(cache)
-        return cache
-
-    def _check_attention(self) -> None:
-        """Overridden layers would go on with the old implementation, in any forward."""
-        now = self.decoder.config._attn_implementation
-        if now == self.inside.implementation or not self.inside.installed:
-            return
-        raise UnsupportedError(
-            f"the attention implementation changed from {self.inside.implementation!r} to {now!r} "
-            "inside the context; change it before entering"
-        )
-
-    def _checked_mask(self, mask: Any) -> Tensor | None:
-        """The 2-D mask of this forward, or None; else an error."""
-        given = getattr(self._local, "inputs", None)
-        if isinstance(mask, dict) and given is not None:
-            # One mask per kind of layer, made for the whole prompt. Given the model's 2-D mask,
-            # the decoder makes them anew.
-            mask = given.get("attention_mask")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise UnsupportedError(
-                f"DyCoke needs the 2-D attention mask of the prompt and got {shape}; pass the "
-                "processor's attention_mask, and no static or compiled cache"
-            )
-        return mask
-
-    def _go_on(self, step: Step, cache: DycokeCache, inputs: dict[str, Any], several: bool) -> None:
+    def _go_on(self, forward: Forward, cache: DycokeCache, inputs: dict[str, Any]) -> None:
         """A decode step, or the forward of a new turn, on a cache of ours."""
         generation, device = cache.generation, inputs["inputs_embeds"].device
-        mask = self._checked_mask(inputs.get("attention_mask"))
-        if generation.owner != self.method:
-            raise UnsupportedError(
-                f"this cache was made with {generation.owner} and cannot go on with {self.method}"
-            )
-        total = generation.length + step.length
-        if mask is not None and mask.shape[1] != total:
-            raise ValueError(
-                f"attention_mask covers {mask.shape[1]} tokens where prompt and answer have {total}"
-            )
-        step.cache, step.attention_mask = cache, mask
-        generation.refuse_below = 0
-        if step.length > 1:
-            self._check_no_gap(mask, step.length)
+        mask = guards.checked_mask(inputs.get("attention_mask"), forward.inputs)
+        guards.check_go_on(cache, self.method, mask, forward.length, self.decoder.config)
+        forward.cache, forward.attention_mask = cache, mask
+        if forward.length > 1:
             generation.visual.previous = None  # what follows selects anew
-            generation.refuse_crop = ASSISTED if several and generation.prunes else None
-            generation.refuse_below = 0 if self.tells or not generation.prunes else step.length
-        step.counts = step.length == 1 or several
-        generation.lead.step(step.counts)
-        if not step.counts:
+        generation.newest = forward.length
+        forward.counts = forward.length == 1 or self._speculative
+        generation.lead.step(forward.counts)
+        if not forward.counts:
             generation.tally = generation.tally.next_turn()
-        if generation.tally not in self.tallies:
-            self._open(generation.tally)
-        step.tally = generation.tally
-
-        rows = cache.row_count + step.length
-        step.plain_mask = generation.plain.key_mask(mask, rows, device, decode=False)
-        inputs["attention_mask"] = step.plain_mask
+        forward.tally = self.records.keep(generation.tally)
+        rows = cache.row_count + forward.length
+        forward.plain_mask = generation.plain.key_mask(mask, rows, device, decode=False)
+        inputs["attention_mask"] = forward.plain_mask
         if self.method.positions == "compact":
             position_ids = inputs.get("position_ids")
             if position_ids is None:
+                total = generation.length + forward.length
                 position_ids = torch.arange(generation.length, total, device=device)[None]
             dropped = generation.dropped.to(position_ids.device)
             inputs["position_ids"] = position_ids - dropped[:, None]
 
-    def _check_no_gap(self, mask: Tensor | None, new: int) -> None:
-        """Padding between a cached prompt and new tokens: only full attention can look past it."""
-        if mask is None or set(layer_types(self.decoder.config)) == {FULL}:
-            return
-        if not mask[:, -new:].all():
-            raise UnsupportedError(
-                "padding between a cached prompt and its question: layers with linear attention or "
-                "a window take it for tokens; ask questions of one length together, or one by one"
+    # Inside the decoder's layers: scores, rows that leave, masks that follow
+
+    def _score(self, inner: Any, module: nn.Module, args: list[Any], kwargs: Any) -> Any:
+        """The layer below the upper ones: its attention says which tokens they attend to."""
+        output, forward = inner(module, *args, **kwargs), self.running
+        if forward is not None and forward.cache is not None:
+            query, keys, scaling, mask = args[0], args[1], kwargs.get("scaling"), forward.plain_mask
+            mask = mask if mask is None else mask.to(query.device)
+            if forward.decode:
+                self._select(forward.cache, query_scores(query, keys, scaling, mask))
+            elif forward.prefill and self.layers.drop is not None:
+                forward.scores = last_token_scores(query, keys, scaling, mask)
+        return output
+
+    def _select(self, cache: DycokeCache, attention: Tensor) -> None:
+        """Let the method choose the active set of this step, and exchange rows."""
+        generation, visual = cache.generation, cache.generation.visual
+        scores = attention.to(visual.rows.device).gather(1, visual.rows)
+        scores = scores.masked_fill(~visual.valid, 0)
+        if generation.prunes:
+            first = visual.previous is None
+            chosen, refreshed = self.method.select_tokens(scores, visual)
+            recalled = cache.select(chosen)
+            if not first:
+                visual.refreshes += refreshed
+                visual.recalled += recalled
+        visual.previous = scores
+        if generation.tally.trace is not None:
+            generation.tally.trace.add(visual, scores)
+
+    def _drop(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]] | None:
+        """An upper layer at prefill: the first drops rows, all go on without them."""
+        forward = self.running
+        if forward is None or forward.cache is None or not forward.prefill:
+            return None
+        inputs, generation = dict(named(module, args, kwargs)), forward.cache.generation
+        if forward.source is None:
+            hidden, forward.source, rows = drop_rows(
+                self.method,
+                inputs["hidden_states"],
+                forward.scores,  # type: ignore[arg-type]
+                generation.plain,
+                generation.visual,
+                self.layers.below,  # type: ignore[arg-type]
             )
+            generation.pruned.become(rows)
+            inputs["hidden_states"] = hidden.gather(
+                1, forward.source[..., None].expand(-1, -1, hidden.shape[-1])
+            )
+        shorten_layer(inputs, forward.source, generation.plain.index.shape[1])
+        return (), inputs
+
+    def _attend(self, inner: Any, module: nn.Module, args: list[Any], kwargs: Any) -> Any:
+        """The layers with rows of their own: the mask must follow these."""
+        forward = self.running
+        if forward is not None and forward.cache is not None:
+            if not forward.prefill or forward.source is not None:
+                mask = self._upper_mask(forward, forward.cache.generation, args[0])
+                if len(args) > 3:
+                    args[3] = mask
+                else:
+                    kwargs["attention_mask"] = mask
+        return inner(module, *args, **kwargs)
+
+    def _upper_mask(self, forward: Forward, generation: Generation, query: Tensor) -> Any:
+        """What the attention function wants as a mask over an upper layer's rows."""
+        if query.device not in forward.upper_masks:
+            assert forward.cache is not None
+            rows = generation.pruned
+            # Rows of prompt and answer, the new ones included: the layers below have them already.
+            later = forward.cache.row_count - generation.plain.index.shape[1]
+            total = rows.index.shape[1] + later
+            keys = rows.key_mask(forward.attention_mask, total, query.device, forward.decode)
+            length = total - rows.start if forward.decode else total
+            new = total if forward.prefill else forward.length
+            forward.upper_masks[query.device] = native_mask(
+                self.implementation, self.decoder.config, query, new, length, keys
+            )
+        mask = forward.upper_masks[query.device]
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            # Layers that share keys may be asked for the newest tokens only.
+            mask = mask[:, :, -query.shape[2] :]
+        return mask
 
 
-ASSISTED = (
-    "assisted and prompt-lookup decoding check several tokens in one forward, by which a method "
-    "would prune or drop others than in plain decoding: with prune_ratio > 0, or tokens dropped "
-    "inside the LLM, the answer would differ; use prune_ratio=0, or decode plainly"
-)
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward by name."""
+    if not args:
+        return kwargs
+    names = list(inspect.signature(module.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,6 +74,39 @@ class Finder:
             f"{NO_VIDEO}, and images are not merged by default: where they are frames of one, say "
             'frames="images"'
         )
+
+    def videos(
+        self, module: Any, inputs: Mapping[str, Any], labels: bool, speculative: bool
+    ) -> tuple[list[VideoSpan], str | None]:
+        """Where the videos of this prompt are, or why there are none."""
+        if labels or module.training:
+            return [], "labels were given or the model is in training mode"
+        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        past = inputs.get("past_key_values")
+        filled = past is not None and past.get_seq_length() > 0
+        if ids is None:
+            if not filled and embeds is not None and embeds.shape[1] > 1:
+                warnings.warn(
+                    "DyCoke got inputs_embeds without input_ids and cannot find the video tokens; "
+                    "pass input_ids and pixels instead",
+                    stacklevel=2,
+                )
+            return [], "inputs_embeds without input_ids: video tokens cannot be found"
+        if not self.arrived(inputs):
+            # One wait for the device, at prefill only. Candidates may repeat a placeholder.
+            if ids.shape[1] > 1 and not speculative and self.lacks_video(ids, inputs):
+                raise UnsupportedError(
+                    "the prompt has video placeholders and no video came with them; pass the "
+                    "processor's whole output, and prefill at once, without prefill_chunk_size"
+                )
+            return [], self.why_untouched(inputs)
+        if filled:
+            raise UnsupportedError(
+                "video tokens arrived for a cache that is not empty: prefill a video in one go, "
+                "without prefill_chunk_size, and start a new cache for a new video"
+            )
+        videos = self.find(module.config, inputs)
+        return videos, None if videos else self.why_untouched(inputs)
 
     def find(self, config: Any, inputs: Mapping[str, Any]) -> list[VideoSpan]:
         """The videos of a prompt."""

@@ -1,4 +1,4 @@
-"""Which layers of a decoder score the visual tokens, and which attend to a selection of them.
+"""Which layers of a decoder score the visual tokens, and which hold rows of their own.
 
 Only full-attention layers can: linear attention keeps no rows, and a sliding window forgets by
 itself. Such layers stay as they are, over the shortened prompt.
@@ -7,37 +7,38 @@ itself. Such layers stay as they are, over the shortened prompt.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dycoke.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from dycoke.method import Method
 
 FULL = "full_attention"
 KNOWN = (FULL, "sliding_attention", "linear_attention")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What happens where while decoding.
+class LayerPlan:
+    """What each decoder layer does.
 
     Attributes
     ----------
     scoring : int or None
-        The layer whose attention selects: the last full-attention layer below ``prune_layer``, or
-        else the first one. It attends to everything.
-    pruned : frozenset of int
-        The full-attention layers above it, from ``prune_layer`` on.
-    last : int
-        The highest ``prune_layer`` that leaves a layer to prune; 0 where none does.
+        The layer whose attention decides; it attends to everything. None where none has to.
+    upper : frozenset of int
+        Layers above it whose rows are not those of the layers below: they attend to a selection
+        while decoding, or lost rows at prefill.
+    drop : int or None
+        The first layer that goes on without the rows dropped at prefill.
+    below : float or None
+        Share of the layers that hold all rows, where some are dropped.
     """
 
     scoring: int | None
-    pruned: frozenset[int]
-    last: int
-
-
-def scaled(layer: int, layers: int) -> int:
-    """A layer index stated for 28 layers, as papers on 7B models do, in a decoder of ``layers``."""
-    return max(1, round(layer * layers / 28))
+    upper: frozenset[int]
+    drop: int | None = None
+    below: float | None = None
 
 
 def layer_types(config: Any) -> list[str]:
@@ -53,26 +54,62 @@ def layer_types(config: Any) -> list[str]:
     return [kind] * int(config.num_hidden_layers)
 
 
-def plan(config: Any, prune_layer: int) -> Plan:
-    """Choose the layers for these settings.
+def plan_layers(config: Any, method: Method, levels: int, trace: bool) -> LayerPlan:
+    """Choose the layers for these settings, or say why they do not fit this decoder.
 
+    Parameters
+    ----------
+    config : the decoder's.
+    levels : first layers behind which features are added to visual tokens (deepstack): these need
+        all rows.
+    trace : whether scores are wanted even where nothing is pruned.
+
+    Notes
+    -----
     The last ``num_kv_shared_layers`` keep no rows and read those of the last layer of their kind
     before them: what is pruned there is pruned for them.
     """
-    types = layer_types(config)
+    types, prunes = layer_types(config), method.prune_ratio > 0
+    drop = None
+    if not method.idle:
+        _check(config, types)
+        drop = method.drop_layer(len(types))
+    if drop is not None:
+        return _dropping(config, type(method).__name__, types, max(drop, levels), prunes)
     own = len(types) - (getattr(config, "num_kv_shared_layers", None) or 0)
     full = [i for i, kind in enumerate(types) if kind == FULL]
     sources = [i for i in full if i < own]
-    if not sources:
-        return Plan(None, frozenset(), 0)
-    scoring = max((i for i in full if i < prune_layer), default=full[0])
-    pruned = frozenset(i for i in full if scoring < min(i, sources[-1]) and i >= prune_layer)
-    return Plan(scoring, pruned, sources[-1] if len(sources) > 1 else 0)
+    scoring = max((i for i in full if i < method.prune_layer), default=full[0] if full else -1)
+    last = sources[-1] if len(sources) > 1 else 0
+    if prunes:
+        _check_pruned(types, method.prune_layer, last)
+    upper = frozenset(i for i in full if scoring < min(i, last) and i >= method.prune_layer)
+    scores = sources and (prunes or trace)
+    return LayerPlan(scoring if scores else None, upper if prunes else frozenset())
 
 
-def check_layers(config: Any, prune_layer: int, prunes: bool) -> None:
-    """Refuse what cannot be merged, or, where ``prunes`` says so, pruned."""
-    types = layer_types(config)
+def _dropping(config: Any, name: str, types: list[str], drop: int, prunes: bool) -> LayerPlan:
+    if prunes:
+        raise UnsupportedError(
+            f"{name} drops tokens inside the LLM and selects while decoding: a method does one or "
+            "the other; use prune_ratio=0"
+        )
+    if set(types) != {FULL} or getattr(config, "num_kv_shared_layers", None):
+        raise UnsupportedError(
+            f"{name} drops tokens inside the LLM, which works where all layers have full attention "
+            f"and keys of their own; this decoder has {', '.join(sorted(set(types)))}: use a "
+            "method that works before the LLM (`dycoke methods`)"
+        )
+    if not 1 <= drop < len(types):
+        raise UnsupportedError(
+            f"{name} drops tokens in front of layer {drop}, and the decoder has {len(types)} "
+            "layers: it needs one below and one above"
+        )
+    return LayerPlan(drop - 1, frozenset(range(drop, len(types))), drop, drop / len(types))
+
+
+def _check(config: Any, types: list[str]) -> None:
+    """Refuse what cannot be merged."""
     others = sorted(set(types) - set(KNOWN))
     if others:
         raise UnsupportedError(
@@ -84,14 +121,22 @@ def check_layers(config: Any, prune_layer: int, prunes: bool) -> None:
             "the decoder attends in both directions, and DyCoke needs one that generates; load a "
             "checkpoint whose config has is_causal"
         )
-    last = plan(config, prune_layer).last
-    if prunes and last == 0:
+
+
+def _check_pruned(types: list[str], prune_layer: int, last: int) -> None:
+    """Refuse what cannot be pruned; ``last`` is the highest layer that can be, or 0."""
+    if last == 0:
         raise UnsupportedError(
             f"the decoder has {types.count(FULL)} full-attention layers among {len(types)}, and "
             "pruning needs one that scores and one that is pruned; use prune_ratio=0"
         )
-    if prunes and prune_layer > last:
+    if prune_layer > last:
         raise UnsupportedError(
             f"prune_layer={prune_layer} leaves no layer to prune: the decoder has {len(types)} "
             f"layers; choose 1 to {last}, or prune_ratio=0"
         )
+
+
+def scaled(layer: int, layers: int) -> int:
+    """A layer index stated for 28 layers, as papers on 7B models do, in a decoder of ``layers``."""
+    return max(1, round(layer * layers / 28))

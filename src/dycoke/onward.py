@@ -1,11 +1,9 @@
-"""What `generate` asks of the model before its first forward, where DyCoke has the answer.
-
-Replaced on the one model object, and given back by `restore`.
-"""
+"""What `generate` asks of the model object itself, answered for caches of ours; given back after."""
 
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 from torch import Tensor
@@ -13,38 +11,64 @@ from torch import Tensor
 from dycoke.cache import DycokeCache
 from dycoke.errors import UnsupportedError
 
-# Where generate works out the positions of a prompt, the part that is cached already included.
+# Called by generate on the model: once per call, before the first forward (positions of the whole
+# prompt); before assisted or prompt-lookup decoding; by generate_batch and its managers.
 POSITIONS = "_prepare_position_ids_for_generation"
-# What generate_batch and its managers begin with.
+CANDIDATES = "_get_candidate_generator"
 BATCHING = "init_continuous_batching"
 
 
-class Onward:
-    """Positions of text that goes on with one of our caches; no continuous batching."""
+class GenerateHooks:
+    """Positions after a cached prompt; candidates noticed or refused; no continuous batching.
 
-    def __init__(self, model: Any, idle: bool) -> None:
-        self._model = model
-        if (inner := getattr(model, POSITIONS, None)) is not None:
-            setattr(model, POSITIONS, _positions_by_cache(inner))
+    Parameters
+    ----------
+    chooses : whether the method attends to a part of the video, so that checking several
+        candidates at once would give another answer.
+    """
+
+    def __init__(self, model: Any, idle: bool, chooses: bool) -> None:
+        self._model, self._chooses, self._local = model, chooses, threading.local()
+        for name, make in ((POSITIONS, self._positions), (CANDIDATES, self._candidates)):
+            if (inner := getattr(model, name, None)) is not None:
+                setattr(model, name, functools.wraps(inner)(make(inner)))
         if not idle and hasattr(model, BATCHING):
             setattr(model, BATCHING, _refuse_batching)
 
+    @property
+    def speculative(self) -> bool:
+        """Whether this thread's generate checks several candidates in one forward."""
+        return getattr(self._local, "speculative", False)
+
     def restore(self) -> None:
-        for name in (POSITIONS, BATCHING):
+        for name in (POSITIONS, CANDIDATES, BATCHING):
             vars(self._model).pop(name, None)
 
+    def _positions(self, inner: Any) -> Any:
+        def prepare(inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
+            self._local.speculative = False
+            cache, mask = (model_kwargs.get(k) for k in ("past_key_values", "attention_mask"))
+            if isinstance(cache, DycokeCache) and mask is not None:
+                ids = model_kwargs.get("input_ids")
+                cache.check_prompt(inputs_tensor if ids is None or not ids.numel() else ids, mask)
+            positions = positions_after(model_kwargs)
+            return inner(inputs_tensor, model_kwargs) if positions is None else positions
 
-def _positions_by_cache(inner: Any) -> Any:
-    @functools.wraps(inner)
-    def prepare(inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
-        cache, mask = (model_kwargs.get(k) for k in ("past_key_values", "attention_mask"))
-        if isinstance(cache, DycokeCache) and mask is not None:
-            ids = model_kwargs.get("input_ids")
-            cache.check_prompt(inputs_tensor if ids is None or not ids.numel() else ids, mask)
-        positions = positions_after(model_kwargs)
-        return inner(inputs_tensor, model_kwargs) if positions is None else positions
+        return prepare
 
-    return prepare
+    def _candidates(self, inner: Any) -> Any:
+        def candidates(*args: Any, **kwargs: Any) -> Any:
+            if self._chooses:
+                raise UnsupportedError(
+                    "assisted and prompt-lookup decoding check several tokens in one forward, by "
+                    "which a method would prune or drop others than in plain decoding: with "
+                    "prune_ratio > 0, or tokens dropped inside the LLM, the answer would differ; "
+                    "use prune_ratio=0, or decode plainly"
+                )
+            self._local.speculative = True
+            return inner(*args, **kwargs)
+
+        return candidates
 
 
 def _refuse_batching(*args: Any, **kwargs: Any) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dycoke.clip import Clip, Seen
 from dycoke.errors import UnsupportedError
+from dycoke.method import Method
 from dycoke.models import VideoSpan
 from dycoke.rows import Arrangement, arrange
 
@@ -21,15 +22,6 @@ DONE = (
     "per_layer_inputs",
     "visual_pos_masks",
 )
-
-
-class Merger(Protocol):
-    """The part of a method that works before the LLM."""
-
-    prune_ratio: float
-    positions: str
-
-    def merge_tokens(self, features: Tensor, clip: Clip) -> tuple[Tensor, Tensor]: ...
 
 
 def clips_of(spans: Sequence[VideoSpan], seen: Sequence[Seen] | None = None) -> list[Clip]:
@@ -50,7 +42,7 @@ def clips_of(spans: Sequence[VideoSpan], seen: Sequence[Seen] | None = None) -> 
 def shorten(
     inputs: dict[str, Any],
     spans: Sequence[VideoSpan],
-    method: Merger,
+    method: Method,
     cached: bool,
     clips: Sequence[Clip],
 ) -> tuple[Arrangement, list[Tensor]]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
-from dycoke.cache import kv_bytes, kv_bytes_full
+from dycoke.cache import DycokeCache
 from dycoke.models import VideoSpan
 from dycoke.report import Report, SampleReport, VideoReport, share
 from dycoke.rows import Visual
@@ -145,7 +147,7 @@ class Tally:
             kv_bytes=self.kv_bytes,
             kv_bytes_full=self.kv_bytes_full,
             decode_steps=self.decode_steps,
-            retention=share(_held(kept, active, self.below), visual),
+            retention=share(_mean_held(kept, active, self.below), visual),
             final_retention=share(active, visual),
             samples=samples,
             below=1.0 if self.below is None else self.below,
@@ -164,14 +166,14 @@ def _sample(
         visual_tokens=visual,
         kept_tokens=kept,
         active_tokens=active,
-        retention=share(_held(kept, active, below), visual),
+        retention=share(_mean_held(kept, active, below), visual),
         final_retention=share(active, visual),
         refreshes=refreshes,
         recalled_tokens=recalled,
     )
 
 
-def _held(kept: int, active: int, below: float | None) -> float:
+def _mean_held(kept: int, active: int, below: float | None) -> float:
     """Tokens that a layer holds; the mean over layers where tokens were dropped between them."""
     return kept if below is None else below * kept + (1 - below) * active
 
@@ -185,3 +187,85 @@ def videos_by_sample(
         frames, tokens = span.positions.shape
         rows[span.sample].append(VideoReport(frames, tokens, frames * tokens, count, span.source))
     return rows
+
+
+class Records:
+    """The last 100 generations of one engine."""
+
+    def __init__(self, method: Any, below: float | None, trace: bool) -> None:
+        self.method, self.below, self.trace = method, below, trace
+        self.tallies: deque[Tally] = deque(maxlen=100)
+
+    def start(
+        self,
+        videos: Sequence[VideoSpan],
+        kept: Sequence[Tensor] | None,
+        visual: Visual | None,
+        batch: int,
+        reason: str | None,
+    ) -> Tally:
+        """A new generation; ``kept`` and ``visual`` are None where it stays untouched."""
+        counts = [span.positions.numel() for span in videos]
+        if kept is not None:
+            counts = torch.stack([mask.sum() for mask in kept]).tolist()
+        tally = Tally(
+            self.method.to_dict(), videos_by_sample(videos, counts, batch), visual, reason
+        )
+        tally.below = None if kept is None else self.below
+        if self.trace and kept is not None:
+            tally.trace = Trace([SampleTrace(keep=[]) for _ in range(batch)])
+            for span, mask in zip(videos, kept, strict=True):
+                tally.trace.samples[span.sample].keep.append(mask.cpu())
+        return self.keep(tally)
+
+    def keep(self, tally: Tally) -> Tally:
+        """Add a generation, unless it is known."""
+        if tally in self.tallies:
+            return tally
+        for other in self.tallies:
+            if other.frozen is None and (other.cache is None or other.cache() is None):
+                other.freeze()
+        tally.method = type(self.method).__name__
+        self.tallies.append(tally)
+        return tally
+
+    def going_on(self, cache: Any, length: int, several: bool) -> Tally | None:
+        """The generation that a forward which is not ours to compress belongs to."""
+        # Without a cache only the newest can be told from chance.
+        known = self.tallies if cache is not None else list(self.tallies)[-1:]
+        return next((t for t in reversed(known) if t.goes_on(cache, length, several)), None)
+
+
+def _held(layer: Any) -> list[Tensor]:
+    """The tensors of a cache layer: keys and values, or states of linear attention."""
+    states = [getattr(layer, name, None) for name in ("keys", "values")]
+    for name in ("conv_states", "recurrent_states"):
+        states += getattr(layer, name, {}).values()
+    return [state for state in states if isinstance(state, Tensor)]
+
+
+def kv_bytes(cache: Any) -> int:
+    """Bytes of the unique storages that a cache holds."""
+    storages = {}
+    for layer in getattr(cache, "layers", ()):
+        for tensor in _held(layer):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def kv_bytes_full(cache: Any) -> int:
+    """Bytes that a stock `DynamicCache` would hold now for the same tokens, uncompressed."""
+    if not isinstance(cache, DycokeCache):
+        return kv_bytes(cache)
+    total = 0
+    for layer in cache.layers:
+        for tensor in _held(layer):
+            rows = 1
+            if isinstance(layer, DynamicLayer):
+                # A layer with a window holds its last tokens and, until the next, the new one.
+                window = getattr(layer, "sliding_window", None) or cache.generation.length
+                rows = min(cache.generation.length, window)
+                tensor = tensor[:, :, :1]
+            total += rows * tensor.numel() * tensor.element_size()
+    return total

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from dycoke.attention import Override, received
+from dycoke.attention import Override
 from dycoke.clip import Seen, joined
 from dycoke.encoding import replaced_encoder
 from dycoke.errors import UnsupportedError
 from dycoke.models import VideoSpan, families
 
 KINDS = ("video", "image")
+BLOCK = 1 << 24  # attention weights that `received` holds at once: 64 MB in float32
 
 
 class _Call:
@@ -310,3 +311,39 @@ def pooled(values: Tensor, side: int) -> Tensor:
     else:
         grid = interpolate(grid, size=(side, side), mode="bilinear", align_corners=False)
     return grid.flatten(2).transpose(1, 2)
+
+
+def received(
+    query: Tensor, keys: Tensor, scaling: float | None, hidden: Tensor | None = None
+) -> Tensor:
+    """Attention that each key gets: summed over queries, a mean over heads.
+
+    Parameters
+    ----------
+    query : Tensor, shape (B, H, Q, C)
+    keys : Tensor, shape (B, H, K, C)
+    scaling : float or None
+        1 / sqrt(C) where None.
+    hidden : Tensor, bool, shape (B, 1, 1, K), or None
+        Keys that nobody sees.
+
+    Returns
+    -------
+    Tensor, shape (B, K)
+        float32, or float64 for float64 inputs. At most `BLOCK` weights are held at once.
+    """
+    batch, heads, queries, width = query.shape
+    scaling = width**-0.5 if scaling is None else scaling
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    total = query.new_zeros(batch, keys.shape[2], dtype=dtype)
+    rows = max(1, BLOCK // (heads * keys.shape[2]))
+    frames = max(1, rows // queries)
+    for start in range(0, batch, frames):
+        part = slice(start, start + frames)
+        key = keys[part].to(dtype).transpose(2, 3)
+        for first in range(0, queries, rows):
+            logits = (query[part, :, first : first + rows].to(dtype) * scaling) @ key
+            if hidden is not None:
+                logits = logits.masked_fill(hidden[part], -torch.inf)
+            total[part] += logits.softmax(-1).sum((1, 2))
+    return total / heads

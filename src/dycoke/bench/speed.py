@@ -12,10 +12,10 @@ from torch import Tensor
 from dycoke import methods
 from dycoke.assistant import GREEDY, Assistant
 from dycoke.bench.plan import Plan
-from dycoke.cache import kv_bytes
 from dycoke.compressor import Compressor
 from dycoke.finder import Finder, own_frames
 from dycoke.report import Report
+from dycoke.tally import kv_bytes
 from dycoke.timing import Stopwatch, Timings
 from dycoke.video import Video, read
 

@@ -1,0 +1,236 @@
+"""What a cache of ours may be asked beside rows: to forget, to follow beams, to go on; or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, cache_utils
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
+
+from dycoke.errors import UnsupportedError
+from dycoke.lead import Lead
+from dycoke.rows import RowMap, Visual
+
+# Layers that stay as they are. Shared keys and values have a dummy layer, in newer versions.
+STOCK = tuple(
+    getattr(cache_utils, name)
+    for name in ("DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer")
+    if hasattr(cache_utils, name)
+)
+
+
+@dataclass(eq=False)
+class Generation:
+    """What belongs to one generation and dies with its cache.
+
+    Attributes
+    ----------
+    owner : the settings that made the cache; equal settings may go on with it.
+    prompt : Tensor, long, (B, prompt_length): its token ids, -1 for padding.
+    prompt_length : tokens of the whole prompt at prefill, padding included.
+    length : logical tokens so far.
+    plain, pruned : row maps of the layers below `prune_layer` and from there on; where a method
+        drops rows inside the LLM, of the layers below that door and from there on.
+    visual : the visual tokens.
+    dropped : Tensor, long, (B,): tokens of each prompt that were merged away.
+    lead : how positions go on after the prompt.
+    tally : what the report is made from; belongs to the engine.
+    step : the decoder forward that runs now; rows may be added only inside one.
+    newest : tokens of the last forward.
+    """
+
+    owner: Any
+    prompt: Tensor
+    prompt_length: int
+    length: int
+    plain: RowMap
+    pruned: RowMap
+    visual: Visual
+    dropped: Tensor
+    lead: Lead
+    tally: Any = None
+    step: Any = None
+    newest: int = 1
+
+    @property
+    def prunes(self) -> bool:
+        """Whether decode steps attend to a selection; rows that were dropped leave no choice."""
+        return self.pruned.order is not None
+
+
+class CacheRules(DynamicCache):
+    """A `DynamicCache` that knows its generation."""
+
+    generation: Generation
+
+    def _check_open(self) -> None:
+        if self.generation.step is None:
+            raise UnsupportedError(
+                "this cache was made by DyCoke and its rows are not in prompt order; go on with it "
+                "inside the `with` block of the same settings (or use dycoke.apply), or start "
+                "with a new cache"
+            )
+
+    @property
+    def is_croppable(self) -> bool:
+        # A step that is undone may have changed the selection.
+        return not self.generation.prunes and super().is_croppable
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens: as a stock cache, a negative number, or 0."""
+        generation = self.generation
+        count = -int(tokens_to_remove)
+        if generation.pruned is not generation.plain and 0 < count < generation.newest:
+            raise UnsupportedError(
+                f"forgetting {count} of the {generation.newest} tokens that came at once is "
+                "what assisted and prompt-lookup decoding do, and with prune_ratio > 0 the answer "
+                "would differ; use prune_ratio=0, or decode plainly"
+            )
+        if count < 0:
+            raise UnsupportedError(
+                f"crop({int(tokens_to_remove)}) asks for a length; a DyCoke cache takes the "
+                "number of newest tokens to forget, as a negative number"
+            )
+        self._check_stock_crop(count)
+        left = generation.length - count
+        if left < generation.prompt_length:
+            self._crop_prompt(generation.prompt_length - left)
+        generation.length = left
+        if count:
+            generation.visual.previous = None
+        for layer in self.layers:
+            # Layers that record what they would forget wait for a crop, be it by nothing.
+            if count or getattr(layer, "record_past", False):
+                layer.crop(-count)
+
+    def _check_stock_crop(self, count: int) -> None:
+        """Refuse to forget what a layer cannot, before any layer has forgotten something."""
+        for layer in self.layers:
+            if count and isinstance(layer, LinearAttentionLayer):
+                raise UnsupportedError(
+                    "linear attention layers cannot forget tokens; keep a copy of the cache "
+                    "(copy.deepcopy) from before them"
+                )
+            if (
+                count
+                and isinstance(layer, DynamicSlidingWindowLayer)
+                and not layer.record_past
+                and layer.get_seq_length() >= layer.sliding_window
+            ):
+                raise UnsupportedError(
+                    f"layers with a sliding window of {layer.sliding_window} have forgotten what "
+                    "cropping would bring back; keep a copy of the cache (copy.deepcopy)"
+                )
+
+    def _crop_prompt(self, count: int) -> None:
+        """Shorten the row maps by the prompt's last tokens, if those are rows of their own."""
+        generation = self.generation
+        left = generation.prompt_length - count
+        for rows in {id(r): r for r in (generation.plain, generation.pruned)}.values():
+            tail = torch.arange(left, left + count, device=rows.index.device)
+            if left <= 0 or not (rows.index[:, -count:] == tail).all():
+                raise UnsupportedError(
+                    f"cannot crop to {left} of the prompt's {generation.prompt_length} tokens: "
+                    "that reaches into the video; crop less, or prefill anew"
+                )
+            rows.index = rows.index[:, :-count]
+            if rows.order is not None:
+                rows.order = rows.order[:, :-count]
+        generation.prompt_length, generation.prompt = left, generation.prompt[:, :left]
+
+    def check_prompt(self, ids: Tensor, mask: Tensor) -> None:
+        """Refuse a prompt, (B, S) with its mask, that does not begin as the cached one.
+
+        ``ids`` may be the new tokens alone, as generate allows: then there is nothing to compare.
+        """
+        held = self.generation.prompt
+        if ids.shape != mask.shape:
+            return
+        held = held[:: max(1, len(held) // len(ids))].to(ids.device)  # one row per beam
+        begins = prompt_of(ids, mask)[:, : held.shape[1]]
+        if begins.shape != held.shape or not torch.equal(begins, held):
+            raise ValueError(
+                f"the prompt does not begin with the {held.shape[1]} tokens that this cache was "
+                "made from; pass the whole prompt, unchanged, and then the question (shorter "
+                "questions of a batch are padded between the two)"
+            )
+        if ids.shape[1] <= self.generation.length:
+            raise ValueError(
+                f"this cache holds {self.generation.length} tokens and the prompt has none after "
+                "them; pass the whole prompt: what was prefilled, and then the question"
+            )
+
+    def _map_batch(self, pick: Callable[[Tensor], Tensor]) -> None:
+        generation = self.generation
+        maps = {id(rows): rows.map_batch(pick) for rows in (generation.plain, generation.pruned)}
+        for layer in self.layers:
+            if hasattr(layer, "map_batch"):
+                layer.map_batch(pick)
+                layer.rows = maps[id(layer.rows)]
+            else:
+                _map_stock(layer, pick)
+        generation.plain = maps[id(generation.plain)]
+        generation.pruned = maps[id(generation.pruned)]
+        generation.visual.map_batch(pick)
+        generation.dropped = pick(generation.dropped)
+        generation.prompt = pick(generation.prompt)
+        generation.lead.map_batch(pick)
+        generation.tally.map_batch(pick)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_batch(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        indices = torch.as_tensor(indices)
+        self._map_batch(lambda x: x[indices.to(x.device)])
+
+    def reset(self) -> None:
+        raise UnsupportedError("a DyCoke cache cannot be reset; pass a new DynamicCache()")
+
+
+def prompt_of(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Token ids, (B, S), with -1 for padding."""
+    return ids if mask is None else ids.masked_fill(mask.to(ids.device) == 0, -1)
+
+
+def check_cache(cache: Any) -> None:
+    """Refuse any cache but a plain `DynamicCache` of layers that are known."""
+    if type(cache) is not DynamicCache or cache.offloading:
+        offloading = getattr(cache, "offloading", False)
+        kind = "an offloaded cache" if offloading else f"a {type(cache).__name__}"
+        raise UnsupportedError(
+            f"DyCoke takes over the DynamicCache that generate makes, and got {kind}; drop "
+            "cache_implementation and compile settings, or pass past_key_values=DynamicCache()"
+        )
+    kinds = {type(layer) for layer in cache.layers}
+    others = sorted(kind.__name__ for kind in kinds - {DynamicLayer, *STOCK})
+    if others:
+        raise UnsupportedError(
+            f"this decoder's cache has layers that DyCoke does not know ({', '.join(others)}); "
+            "this model cannot be compressed yet"
+        )
+
+
+def _map_stock(layer: Any, pick: Callable[[Tensor], Tensor]) -> None:
+    """Follow beams and copies in a layer of transformers: rows, and states of linear attention.
+
+    Stock layers reorder by themselves, but linear ones do not copy.
+    """
+    for name, value in vars(layer).items():
+        if isinstance(value, Tensor) and value.ndim > 2:
+            setattr(layer, name, pick(value))
+        elif isinstance(value, dict):
+            for key, state in value.items():
+                if isinstance(state, Tensor):
+                    value[key] = pick(state)

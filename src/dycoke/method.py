@@ -1,0 +1,100 @@
+"""What a method may do to a video's tokens, and when. Defaults keep everything."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dycoke.clip import CLIP, Clip
+from dycoke.rows import Visual
+
+
+class Method(ABC):
+    """Settings and formulas; no state. The engine asks at up to three moments of a generation.
+
+    Attributes
+    ----------
+    prune_ratio : share of the visual tokens that a decode step does not attend to; above 0
+        `select_tokens` is asked.
+    prune_layer : the first decoder layer that this holds for.
+    positions : "original" or "compact", see `DyCoke`.
+    needs_vision : whether `merge_tokens` wants the vision encoder's scores and keys.
+    """
+
+    prune_ratio: float = 0.0
+    prune_layer: int = 1
+    positions: str = "original"
+    needs_vision: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def idle(self) -> bool:
+        """True where the settings ask for no compression at all."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, ready for JSON."""
+
+    def merge_tokens(self, features: Tensor, clip: Clip = CLIP) -> tuple[Tensor, Tensor]:
+        """Before the LLM: which visual tokens of a video enter it.
+
+        Parameters
+        ----------
+        features : Tensor, shape (F, N, D)
+        clip : Clip
+            What else is known of the video.
+
+        Returns
+        -------
+        features : Tensor, shape (F, N, D)
+            What goes on at the places that stay; the input itself where nothing is averaged.
+        keep : Tensor, bool, shape (F, N)
+        """
+        return features, torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+
+    def drop_layer(self, layers: int) -> int | None:
+        """The first decoder layer of ``layers`` without the tokens that are dropped inside."""
+        return None
+
+    def drop_tokens(self, scores: Tensor, states: Tensor, below: float) -> tuple[Tensor, Tensor]:
+        """Inside the LLM, at prefill: which of a sample's visual tokens go on at `drop_layer`.
+
+        Parameters
+        ----------
+        scores : Tensor, shape (V,)
+            Attention of the prompt's last token in the layer below, a mean over heads, to the
+            sample's visual tokens (all its videos, in prompt order).
+        states : Tensor, shape (V, D)
+            Their hidden states as they enter the layer.
+        below : float
+            Share of the decoder's layers that still hold all V tokens.
+
+        Returns
+        -------
+        states : Tensor, shape (V, D)
+            What goes on at the places that stay; the input itself where nothing is averaged.
+        keep : Tensor, bool, shape (V,)
+            At least one where V > 0.
+        """
+        return states, torch.ones_like(scores, dtype=torch.bool)
+
+    def select_tokens(self, scores: Tensor, visual: Visual) -> tuple[Tensor, Tensor]:
+        """At a decode step: which visual tokens it attends to.
+
+        Parameters
+        ----------
+        scores : Tensor, shape (B, V)
+            Attention of the newest token in layer ``prune_layer - 1``; 0 for padding.
+        visual : Visual
+            Counts, the active set, and the attention of the step before.
+
+        Returns
+        -------
+        active : Tensor, bool, shape (B, V)
+            ``visual.counts[b]`` tokens of each sample.
+        refreshed : Tensor, bool, shape (B,)
+        """
+        return visual.active, torch.zeros_like(visual.counts, dtype=torch.bool)
