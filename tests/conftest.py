@@ -67,7 +67,8 @@ def declared(monkeypatch: pytest.MonkeyPatch) -> None:
 
     `test_images.py`, which is about that, goes without.
     """
-    from dycoke import compressor, engine
+    from dycoke import compressor
+    from dycoke.core import engine
 
     class Declaring(engine.Engine):
         def __init__(

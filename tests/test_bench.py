@@ -19,8 +19,8 @@ from PIL import Image
 from dycoke import DyCoke, costs, methods
 from dycoke.bench import peak, plan, results, show, speed
 from dycoke.bench.arch import ARCHS, Arch, _text
-from dycoke.clip import Clip
 from dycoke.compressor import Compressor
+from dycoke.core.method import VideoContext
 from dycoke.timing import Stopwatch
 from dycoke.vision import Vision
 
@@ -413,7 +413,7 @@ def test_methods_are_listed(run: Any) -> None:
 
 def held(method: Compressor, features: torch.Tensor) -> float:
     """Visual tokens that a method holds before it decodes, a mean over 28 layers."""
-    clip = Clip(torch.rand(features.shape[:2]), torch.randn(*features.shape[:2], 6))
+    clip = VideoContext(torch.rand(features.shape[:2]), torch.randn(*features.shape[:2], 6))
     features, keep = method.merge_tokens(features, clip)
     states, layer = features[keep], method.drop_layer(28)
     if layer is None:

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dycoke import DyCoke, methods
-from dycoke.clip import Clip, video_budget
-from dycoke.merging import budget_mask, merge_mean
+from dycoke.core.method import VideoContext
+from dycoke.core.prefill import contexts_of, shorten
+from dycoke.merging import budget_mask, merge_mean, video_budget
 from dycoke.methods.controls import FewerFrames, RandomTokens
 from dycoke.models import VideoSpan
-from dycoke.shorten import clips_of, shorten
 
 
 def clip(frames: int, tokens: int, seed: int, width: int = 5) -> torch.Tensor:
@@ -190,16 +190,14 @@ def test_wrong_counts_are_named(count: object, error: type[Exception]) -> None:
 
 @given(st.integers(1, 400), st.lists(st.integers(1, 90), min_size=1, max_size=6))
 def test_videos_share_an_int_budget(budget: int, tokens: list[int]) -> None:
-    counts = [
-        video_budget(budget, n, Clip(tokens=tuple(tokens), place=i)) for i, n in enumerate(tokens)
-    ]
+    counts = [video_budget(budget, n, tuple(tokens), i) for i, n in enumerate(tokens)]
     assert sum(counts) == min(max(budget, len(tokens)), sum(tokens))
     assert all(1 <= count <= n for count, n in zip(counts, tokens, strict=True))
 
 
 def test_shares_by_hand() -> None:
     def counts(budget: int | float, *tokens: int) -> list[int]:
-        return [video_budget(budget, n, Clip(tokens=tokens, place=i)) for i, n in enumerate(tokens)]
+        return [video_budget(budget, n, tokens, i) for i, n in enumerate(tokens)]
 
     assert counts(30, 100, 200) == [10, 20]
     assert counts(3, 1000, 1, 1) == [1, 1, 1]
@@ -220,7 +218,7 @@ def test_two_videos_of_a_sample_share_its_budget() -> None:
     for merge in ("keep", "mean"):
         inputs = {"inputs_embeds": torch.randn(2, 40, 6, generator=generator)}
         method = DyCoke(token_budget=7, prune_ratio=0, merge=merge)
-        _, masks = shorten(inputs, spans, method, cached=True, clips=clips_of(spans))
+        _, masks = shorten(inputs, spans, method, cached=True, contexts=contexts_of(spans))
         assert [int(mask.sum()) for mask in masks] == [5, 2, 7], merge
 
 
@@ -231,7 +229,7 @@ def test_controls_keep_the_same_count(method, frames, tokens, budget) -> None:
     total = frames * tokens
     count = min(budget, total) if isinstance(budget, int) else max(1, int(budget * total + 1e-6))
     settings = method(token_budget=budget, prune_ratio=0)
-    _, keep = settings.merge_tokens(clip(frames, tokens, 2), Clip(tokens=(total,), place=0))
+    _, keep = settings.merge_tokens(clip(frames, tokens, 2), VideoContext(tokens=(total,), index=0))
     kept = int(keep.sum())
     if method is FewerFrames:
         assert set(keep.sum(1).tolist()) <= {0, tokens}

@@ -11,10 +11,11 @@ from support import close, compressed, families, generate, inputs_of, model_of
 from transformers import DynamicCache
 
 from dycoke import DyCoke, UnsupportedError
-from dycoke.cache import adopt
-from dycoke.cache_rules import Generation
-from dycoke.lead import lead_of
-from dycoke.rows import arrange
+from dycoke.core.cache import Generation
+from dycoke.core.cache_rules import adopt
+from dycoke.core.positions import offset_after
+from dycoke.core.prefill import arrange
+from dycoke.core.records import Record
 from dycoke.selection import top_mask
 
 
@@ -27,16 +28,20 @@ def cache_of(batch: int = 2, tokens: int = 20, prune: float = 0.6, seed: int = 0
     video[:, :6] = video[:, -3:] = False
     rows = arrange(torch.ones_like(mask), video, mask, prune)
     generation = Generation(
-        owner=None,
+        method=DyCoke(),
+        kind="select",
         prompt=torch.arange(tokens).expand(batch, -1),
         prompt_length=tokens,
         length=tokens,
-        plain=rows.plain,
-        pruned=rows.pruned,
+        lower=rows.lower,
+        upper=rows.upper,
         visual=rows.visual,
+        lower_rows=rows.lower_rows,
+        upper_rows=rows.upper_rows,
         dropped=rows.dropped[:, -1],
-        lead=lead_of(None, mask, torch.empty(batch, tokens, 0)),
-        step="inside a forward",
+        offset=offset_after(None, mask, torch.empty(batch, tokens, 0)),
+        record=Record("DyCoke", {}, [[] for _ in range(batch)]),
+        open=True,
     )
     cache = DynamicCache()
     adopt(cache, generation, {2, 3}, 4)
@@ -51,10 +56,11 @@ def cache_of(batch: int = 2, tokens: int = 20, prune: float = 0.6, seed: int = 0
 def test_rows_survive_any_number_of_exchanges_bit_for_bit(batch: int, seed: int) -> None:
     cache, prompt = cache_of(batch, seed=seed)
     g = torch.Generator().manual_seed(seed)
-    visual, pruned = cache.generation.visual, cache.generation.pruned
+    generation = cache.generation
     left = came = 0
     for _ in range(25):
-        before = visual.active.clone()
+        visual = generation.visual
+        before = visual.active
         scores = torch.rand(visual.valid.shape, generator=g).masked_fill(~visual.valid, -torch.inf)
         chosen = top_mask(scores, visual.counts)
         recalled = cache.select(chosen)
@@ -63,16 +69,16 @@ def test_rows_survive_any_number_of_exchanges_bit_for_bit(batch: int, seed: int)
         for i, (keys, values) in enumerate(prompt):
             layer = cache.layers[i]
             for b in range(batch):
-                index = (pruned if i >= 2 else cache.generation.plain).index[b]
-                assert sorted(index.tolist()) == cache.generation.plain.index[b].tolist()
+                index = (generation.upper if i >= 2 else generation.lower).index[b]
+                assert sorted(index.tolist()) == generation.lower.index[b].tolist()
                 real = index >= 0
                 assert torch.equal(layer.keys[b][:, real], keys[b][:, index[real]])
                 assert torch.equal(layer.values[b][:, real], values[b][:, index[real]])
                 # The active tokens, and no others, stand from `first` on among the visual rows.
                 count = int(visual.counts[b])
-                view = index[pruned.first[b] : pruned.first[b] + count].tolist()
+                view = index[generation.upper.first[b] : generation.upper.first[b] + count].tolist()
                 tokens = [
-                    int(cache.generation.plain.index[b, visual.rows[b, v]])
+                    int(generation.lower.index[b, generation.lower_rows[b, v]])
                     for v in chosen[b].nonzero()[:, 0]
                 ]
                 if i >= 2:

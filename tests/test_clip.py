@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dycoke.clip import shared
+from dycoke.merging import share_budget
 
 
 @given(st.integers(0, 5000), st.lists(st.integers(1, 900), min_size=1, max_size=6))
 def test_shares_are_exact_and_within_one_of_fair(budget: int, tokens: list[int]) -> None:
-    counts = shared(budget, tokens)
+    counts = share_budget(budget, tokens)
     assert sum(counts) == min(budget, sum(tokens))
     for count, n in zip(counts, tokens, strict=True):
         fair = Fraction(min(budget, sum(tokens)) * n, sum(tokens))
@@ -27,4 +27,4 @@ def test_shares_are_exact_and_within_one_of_fair(budget: int, tokens: list[int])
 def test_the_largest_remainder_gets_what_is_left(
     budget: int, tokens: list[int], counts: list[int]
 ) -> None:
-    assert shared(budget, tokens) == counts
+    assert share_budget(budget, tokens) == counts

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dycoke.clip import Clip
+from dycoke.core.method import VideoContext
 from dycoke.methods import create
 from dycoke.methods.fastv import FastV, later_count
 from dycoke.methods.prumerge import LLaVAPruMerge
@@ -28,11 +28,11 @@ RATIOS = [1e-9, 0.1, 0.5, 0.75, 0.9, 0.99]
 
 def video(
     shape: tuple[int, int, int], seed: int, dtype: torch.dtype = torch.float32
-) -> tuple[torch.Tensor, Clip]:
+) -> tuple[torch.Tensor, VideoContext]:
     g = torch.Generator().manual_seed(seed)
     features = torch.randn(shape, generator=g).to(dtype)
     scores = torch.rand(shape[:2], generator=g) ** 4  # a few tokens get most of it
-    return features, Clip(scores, torch.randn(*shape[:2], 5, generator=g))
+    return features, VideoContext(scores, torch.randn(*shape[:2], 5, generator=g))
 
 
 def dot(a: Vector, b: Vector) -> float:
@@ -130,7 +130,7 @@ def naive_vidcom2(frames: list[Frame], ratio: float) -> list[dict[int, Vector]]:
     return result
 
 
-def naive(method: type, features: torch.Tensor, clip: Clip, ratio: float) -> list[Any]:
+def naive(method: type, features: torch.Tensor, clip: VideoContext, ratio: float) -> list[Any]:
     frames = features.double().tolist()
     if method is VidCom2:
         return naive_vidcom2(frames, ratio)
@@ -140,7 +140,7 @@ def naive(method: type, features: torch.Tensor, clip: Clip, ratio: float) -> lis
     return [one(*frame, ratio) for frame in zip(frames, scores, keys, strict=True)]
 
 
-def check(method: type, features: torch.Tensor, clip: Clip, ratio: float) -> None:
+def check(method: type, features: torch.Tensor, clip: VideoContext, ratio: float) -> None:
     before = features.clone()
     merged, keep = method(ratio).merge_tokens(features, clip)
     assert torch.equal(features, before)  # nothing is written into what was handed over
@@ -208,7 +208,9 @@ def test_vidcom2_gives_more_to_a_frame_of_its_own() -> None:
 @pytest.mark.parametrize("method", MERGING, ids=lambda m: m.__name__)
 def test_ties_go_to_the_lowest_raster_index(method: type) -> None:
     same = torch.ones(2, 10, 4)
-    merged, keep = method(0.5).merge_tokens(same, Clip(torch.ones(2, 10), torch.ones(2, 10, 3)))
+    merged, keep = method(0.5).merge_tokens(
+        same, VideoContext(torch.ones(2, 10), torch.ones(2, 10, 3))
+    )
     # VisionZip: 4 dominant ones, and the first of the rest for all of it.
     assert keep.tolist() == [[True] * 5 + [False] * 5] * 2
     value = {VidCom2: [1.0] * 5, VisionZip: [1.0] * 4 + [2.0]}.get(method, [1.9] * 4 + [0.6])
@@ -219,7 +221,7 @@ def test_ties_among_keys_go_to_the_lowest_raster_index() -> None:
     tokens = 40
     features, clip = video((1, tokens, 3), 4)
     assert clip.scores is not None
-    same = Clip(clip.scores, torch.ones(1, tokens, 3))
+    same = VideoContext(clip.scores, torch.ones(1, tokens, 3))
     for method in (LLaVAPruMerge, VisionZip):
         check(method, features, same, 0.5)
 
@@ -227,10 +229,10 @@ def test_ties_among_keys_go_to_the_lowest_raster_index() -> None:
 def test_prumerge_does_not_mind_how_scores_are_scaled() -> None:
     features, clip = video((2, 9, 3), 6)
     assert clip.scores is not None
-    smaller = Clip(clip.scores / 64, clip.keys)
+    smaller = VideoContext(clip.scores / 64, clip.keys)
     one, other = (LLaVAPruMerge(0.5).merge_tokens(features, c) for c in (clip, smaller))
     torch.testing.assert_close(one, other)
-    nothing = Clip(torch.zeros(2, 9), clip.keys)
+    nothing = VideoContext(torch.zeros(2, 9), clip.keys)
     merged, keep = LLaVAPruMerge(0.5).merge_tokens(features, nothing)
     assert torch.isfinite(merged).all() and keep.sum(1).tolist() == [4, 4]
 
@@ -348,11 +350,11 @@ def test_a_clip_without_scores_or_keys_is_refused(method: type) -> None:
     scores, keys = clip.scores, clip.keys
     assert scores is not None and keys is not None
     for bad, message in (
-        (Clip(), "vision encoder's scores of the video's 3 x 6 tokens"),
-        (Clip(scores), "vision encoder's keys"),
-        (Clip(scores[:, :5], keys), r"clip.scores must have 2 .* \(3, 6\), got \(3, 5\)"),
-        (Clip(scores, keys[..., 0]), r"clip.keys must have 3 .* got \(3, 6\)"),
-        (Clip(scores / 0, keys), "clip.scores contain NaN"),
+        (VideoContext(), "vision encoder's scores of the video's 3 x 6 tokens"),
+        (VideoContext(scores), "vision encoder's keys"),
+        (VideoContext(scores[:, :5], keys), r"clip.scores must have 2 .* \(3, 6\), got \(3, 5\)"),
+        (VideoContext(scores, keys[..., 0]), r"clip.keys must have 3 .* got \(3, 6\)"),
+        (VideoContext(scores / 0, keys), "clip.scores contain NaN"),
     ):
         with pytest.raises(ValueError, match=message):
             method().merge_tokens(features, bad)

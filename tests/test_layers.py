@@ -6,9 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from dycoke.layers import Plan, check_layers, layer_types, plan
 
 from dycoke.errors import UnsupportedError
-from dycoke.layers import Plan, check_layers, layer_types, plan
 
 F, S, L = "full_attention", "sliding_attention", "linear_attention"
 

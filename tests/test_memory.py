@@ -11,7 +11,7 @@ import torch
 from support import backends, compressed, families, generate, inputs_of, model_of
 
 from dycoke import DyCoke
-from dycoke.cache import ROOM
+from dycoke.core.cache import ROOM
 
 CASES = {
     "one": ([[8]], [(5, 7)]),
@@ -128,7 +128,7 @@ def test_pruned_layers_see_fewer_keys(family: str, case: str) -> None:
     full = tiny.FAMILIES[family].full
     rows = cache.row_count
     banks = [s.kept_tokens - s.active_tokens for s in run.report.samples]
-    pads = (cache.generation.plain.index < 0).sum(1).tolist()
+    pads = (cache.generation.lower.index < 0).sum(1).tolist()
     hidden = min(b + p for b, p in zip(banks, pads, strict=True))
     assert hidden > 0
     assert [keys[i] for i in full] == [rows] * (len(full) - 2) + [rows - hidden] * 2

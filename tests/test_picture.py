@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dycoke import picture
-from dycoke.tally import SampleTrace
+from dycoke.core.records import SampleTrace
 
 
 def sample() -> SampleTrace:

@@ -14,8 +14,8 @@ from test_parity import alone, check, single
 from torch import nn
 
 from dycoke import DyCoke, UnsupportedError
-from dycoke.cache import DycokeCache
-from dycoke.engine import Engine
+from dycoke.core.cache_rules import DycokeCache
+from dycoke.core.engine import Engine
 
 QUESTION = 7
 ONE = ([[7]], [(5, QUESTION)])
@@ -98,12 +98,12 @@ def test_a_copy_is_independent(family: str) -> None:
         cache = watch(model, inputs)
         first, second = copy.deepcopy(cache), copy.deepcopy(cache)
         before = [t.clone() for t in tensors_of(second)]
-        index, active = second.generation.pruned.index.clone(), second.generation.visual.active
+        index, active = second.generation.upper.index.clone(), second.generation.visual.active
         generate(model, text(inputs), past_key_values=first)
-        assert not torch.equal(first.generation.pruned.index, index)  # rows did move there
+        assert not torch.equal(first.generation.upper.index, index)  # rows did move there
         for untouched in (cache, second):
             assert untouched.get_seq_length() == inputs["input_ids"].shape[1] - QUESTION
-            assert torch.equal(untouched.generation.pruned.index, index)
+            assert torch.equal(untouched.generation.upper.index, index)
             assert torch.equal(untouched.generation.visual.active, active)
             for now, then in zip(tensors_of(untouched), before, strict=True):
                 assert torch.equal(now, then)

@@ -21,16 +21,16 @@ def dictate(monkeypatch: Any) -> Any:
         waiting = iter(steps)
 
         def scores(query: Any, keys: torch.Tensor, scaling: Any, mask: Any) -> torch.Tensor:
-            from dycoke.engine import engine_of
+            from dycoke.core.engine import engine_of
 
             engine = engine_of(model)
             assert engine is not None and engine.running is not None
-            visual = engine.running.cache.generation.visual
+            rows = engine.running.cache.generation.lower_rows
             result = torch.zeros(keys.shape[0], keys.shape[2])
             wanted = next(waiting).expand(keys.shape[0], -1)
-            return result.scatter(1, visual.rows, wanted[:, : visual.rows.shape[1]])
+            return result.scatter(1, rows, wanted[:, : rows.shape[1]])
 
-        monkeypatch.setattr("dycoke.engine.query_scores", scores)
+        monkeypatch.setattr("dycoke.core.engine.query_scores", scores)
 
     return start
 
@@ -124,7 +124,7 @@ def test_only_the_last_trace_is_kept() -> None:
         for _ in range(3):
             generate(model, inputs, tokens=2)
         engine = run._engine
-        assert [tally.trace is None for tally in engine.records.tallies] == [True, True, False]
+        assert [record.trace is None for record in engine.records.listed] == [True, True, False]
     assert run.trace is not None
 
 

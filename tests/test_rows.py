@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dycoke.rows import arrange
+from dycoke.core.prefill import arrange
 
 
 @settings(deadline=None)
@@ -25,27 +25,27 @@ def test_arrangement_equals_plain_lists(batch, length, prune, seed) -> None:
     longest = max(map(len, rows))
     for b, mine in enumerate(rows):
         padding = [-1] * (longest - len(mine))
-        assert got.plain.index[b].tolist() == padding + mine
+        assert got.lower.index[b].tolist() == padding + mine
         assert got.source[b, len(padding) :].tolist() == mine
         visual = [i for i in mine if video[b, i]]
         text = [i for i in mine if not video[b, i]]
         count = int((1 - prune) * len(visual) + 1e-6)
-        assert got.kept[b] == len(visual)
         state = got.visual
+        assert int(state.valid[b].sum()) == len(visual)
         assert int(state.counts[b]) == count == int(state.active[b].sum())
-        assert state.valid[b].tolist() == [v < len(visual) for v in range(max(got.kept))]
+        assert state.valid[b].tolist() == [v < len(visual) for v in range(state.valid.shape[1])]
         for v, prompt in enumerate(visual):
-            assert got.plain.index[b, state.rows[b, v]] == prompt
-            assert got.pruned.index[b, state.slots[b, v]] == prompt
+            assert got.lower.index[b, got.lower_rows[b, v]] == prompt
+            assert got.upper.index[b, got.upper_rows[b, v]] == prompt
             assert bool(state.active[b, v]) == (v >= len(visual) - count)
         if prune:
             order = padding + visual + text
-            assert got.pruned.index[b].tolist() == order
-            assert got.pruned.first[b] == len(padding) + len(visual) - count
+            assert got.upper.index[b].tolist() == order
+            assert got.upper.first[b] == len(padding) + len(visual) - count
         else:
-            assert got.pruned is got.plain
+            assert got.upper is got.lower
         assert got.dropped[b].tolist() == (~keep[b]).cumsum(0).tolist()
-    assert got.plain.padded == (min(map(len, rows)) < longest)
+    assert got.lower.padded == (min(map(len, rows)) < longest)
 
 
 def test_key_masks() -> None:
@@ -53,15 +53,15 @@ def test_key_masks() -> None:
     video = torch.tensor([[0, 1, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0]]).bool()
     rows = arrange(torch.ones(2, 6, dtype=torch.bool), video, mask, 0.5)
     # [bank 1 2 | active 3 4 | text 0 5] and [pad | bank 1 | active 2 | text 3 4 5]
-    assert rows.pruned.first == [2, 2]
+    assert rows.upper.first.tolist() == [2, 2]
     longer = torch.cat([mask, torch.tensor([[1], [1]])], 1)
-    seen = rows.pruned.key_mask(longer, 7, mask.device, decode=True)
+    seen = rows.upper.key_mask(longer, 7, mask.device, decode=True)
     assert seen.tolist() == [[True] * 5, [True] * 5]
     # Equal starts and no mask: nothing to hide in the view of a decode step, a pad in the whole.
-    assert rows.pruned.key_mask(None, 7, mask.device, decode=True) is None
-    whole = rows.pruned.key_mask(None, 7, mask.device, decode=False)
+    assert rows.upper.key_mask(None, 7, mask.device, decode=True) is None
+    whole = rows.upper.key_mask(None, 7, mask.device, decode=False)
     assert whole.tolist() == [[True] * 7, [False] + [True] * 6]
     # A masked-out prompt token stays masked wherever its row went.
     longer[0, 0] = 0
-    seen = rows.pruned.key_mask(longer, 7, mask.device, decode=True)
+    seen = rows.upper.key_mask(longer, 7, mask.device, decode=True)
     assert seen[0].tolist() == [True, True, False, True, True]

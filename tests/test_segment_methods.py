@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dycoke.clip import Clip
+from dycoke.core.method import VideoContext
 from dycoke.methods import create
 from dycoke.methods.clustering import distances, highest, peak_scores, segment_lengths
 from dycoke.methods.fastvid import FastVID
@@ -26,7 +26,7 @@ SEGMENTS = [(8, 0.9), (3, 0.5), (1, -1.0)]  # as published; longer ones; all in 
 Rows = list[list[float]]
 
 
-def video(frames: int, tokens: int, seed: int) -> tuple[torch.Tensor, Clip]:
+def video(frames: int, tokens: int, seed: int) -> tuple[torch.Tensor, VideoContext]:
     """A video in which some places stand still for a while, some never, and scenes change."""
     rng = torch.Generator().manual_seed(seed)
     motion = torch.rand(tokens, 1, generator=rng) ** 2
@@ -36,7 +36,9 @@ def video(frames: int, tokens: int, seed: int) -> tuple[torch.Tensor, Clip]:
         step = torch.randn(tokens, 6, generator=rng)
         features.append(step if scene else features[-1] + motion * step)
     scores = torch.rand(frames, tokens, generator=rng)
-    return torch.stack(features), Clip(scores, torch.randn(frames, tokens, 4, generator=rng))
+    return torch.stack(features), VideoContext(
+        scores, torch.randn(frames, tokens, 4, generator=rng)
+    )
 
 
 def rows(features: torch.Tensor) -> list[Rows]:
@@ -105,7 +107,7 @@ def naive_segments(video: list[Rows], segments: int, threshold: float) -> list[i
 Kept = dict[tuple[int, int], list[float]]
 
 
-def naive_fastvid(features: torch.Tensor, clip: Clip, method: FastVID) -> Kept:
+def naive_fastvid(features: torch.Tensor, clip: VideoContext, method: FastVID) -> Kept:
     frames, scores = rows(features), rows(clip.scores)
     places = len(frames[0])
     count = max(1, int((1 - method.ratio) * places + 1e-6))
@@ -166,7 +168,7 @@ def naive_cut(same: list[list[bool]], most: int) -> list[int]:
     return found[1]
 
 
-def naive_holitom(features: torch.Tensor, clip: Clip, outer: float, tau: float) -> Kept:
+def naive_holitom(features: torch.Tensor, clip: VideoContext, outer: float, tau: float) -> Kept:
     frames, scores = rows(features), rows(clip.scores)
     places = len(frames[0])
     same = [
@@ -213,7 +215,9 @@ def naive_absorbed(states: Rows, keep: list[bool]) -> Rows:
     return out
 
 
-def naive_flashvid(features: torch.Tensor, clip: Clip, outer: float, method: FlashVID) -> Kept:
+def naive_flashvid(
+    features: torch.Tensor, clip: VideoContext, outer: float, method: FlashVID
+) -> Kept:
     frames, scores = rows(features), rows(clip.scores)
     places = len(frames[0])
     count = ceil(places * outer - 1e-6)
@@ -380,7 +384,7 @@ def test_layers_hold_the_asked_share_on_average(
 ) -> None:
     tokens, frames = 40, 6
     features = torch.randn(frames, tokens, 64, generator=torch.Generator().manual_seed(0))
-    clip = Clip(features[..., 0], features)
+    clip = VideoContext(features[..., 0], features)
     made = method(ratio)
     layer = made.drop_layer(layers)
     assert layer is not None and 0 < layer < layers
@@ -401,7 +405,9 @@ def test_the_inner_stage_can_be_left_out() -> None:
         assert abs(int(made.merge_tokens(features, clip)[1].sum()) - 8 * 5) <= 8
         assert method().drop_layer(1) is None
     features = torch.randn(2, 400, 64, generator=torch.Generator().manual_seed(0))
-    keep = HoliTom(0.75, inner=False).merge_tokens(features, Clip(features[..., 0], features))[1]
+    keep = HoliTom(0.75, inner=False).merge_tokens(
+        features, VideoContext(features[..., 0], features)
+    )[1]
     assert keep.sum(1).tolist() == [100, 100]
     assert HoliTom().drop_layer(28) == 18
     assert FlashVID().drop_layer(28) == 20
@@ -413,7 +419,7 @@ def test_the_inner_stage_can_be_left_out() -> None:
 def test_holitom_may_save_more_than_is_asked() -> None:
     """A still picture: one of its frames is all there is."""
     features = torch.randn(1, 9, 5, generator=torch.Generator().manual_seed(0)).repeat(7, 1, 1)
-    clip = Clip(torch.rand(7, 9), features)
+    clip = VideoContext(torch.rand(7, 9), features)
     out, keep = HoliTom(0.5).merge_tokens(features, clip)
     assert keep.nonzero().tolist() == [[0, n] for n in range(9)]
     torch.testing.assert_close(out, features)
@@ -425,7 +431,7 @@ def test_holitom_may_save_more_than_is_asked() -> None:
 def test_equal_tokens_leave_the_first(method: Any) -> None:
     """All is equal: every tie goes to the lowest index, on the short way of clustering, too."""
     features = torch.ones(2, 50, 4)
-    out, keep = method(0.5).merge_tokens(features, Clip(torch.ones(2, 50), features))
+    out, keep = method(0.5).merge_tokens(features, VideoContext(torch.ones(2, 50), features))
     for row in keep:
         assert row.tolist() == sorted(row.tolist(), reverse=True)
     torch.testing.assert_close(out, features)
@@ -472,13 +478,23 @@ def test_clustering_by_hand() -> None:
 @pytest.mark.parametrize(
     ("features", "clip", "word"),
     [
-        (torch.randn(2, 3, 4), Clip(), "vision encoder's scores"),
-        (torch.randn(2, 3, 4), Clip(torch.rand(3, 2), torch.rand(2, 3, 4)), "clip.scores"),
-        (torch.full((2, 3, 4), torch.nan), Clip(torch.rand(2, 3), torch.rand(2, 3, 4)), "NaN"),
-        (torch.full((2, 3, 4), torch.inf), Clip(torch.rand(2, 3), torch.rand(2, 3, 4)), "infinite"),
+        (torch.randn(2, 3, 4), VideoContext(), "vision encoder's scores"),
+        (torch.randn(2, 3, 4), VideoContext(torch.rand(3, 2), torch.rand(2, 3, 4)), "clip.scores"),
+        (
+            torch.full((2, 3, 4), torch.nan),
+            VideoContext(torch.rand(2, 3), torch.rand(2, 3, 4)),
+            "NaN",
+        ),
+        (
+            torch.full((2, 3, 4), torch.inf),
+            VideoContext(torch.rand(2, 3), torch.rand(2, 3, 4)),
+            "infinite",
+        ),
     ],
 )
-def test_bad_input_is_refused(method: Any, features: torch.Tensor, clip: Clip, word: str) -> None:
+def test_bad_input_is_refused(
+    method: Any, features: torch.Tensor, clip: VideoContext, word: str
+) -> None:
     with pytest.raises(ValueError, match=word):
         method().merge_tokens(features, clip)
 

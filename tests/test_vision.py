@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from dycoke import DyCoke, UnsupportedError, attention
-from dycoke.clip import CLIP, Clip
 from dycoke.compressor import Compressor
+from dycoke.core.method import NO_CONTEXT, VideoContext
 from dycoke.encoding import encode_in_chunks
 from dycoke.models import families as known_families
 
@@ -65,11 +65,13 @@ class Recorder(Compressor):
     def idle(self) -> bool:
         return self.off
 
-    def merge_tokens(self, features: Tensor, clip: Clip = CLIP) -> tuple[Tensor, Tensor]:
-        assert clip.scores is not None and clip.keys is not None
-        assert clip.scores.shape == clip.keys.shape[:2] == features.shape[:2]
-        self.clips.append(clip)
-        return super().merge_tokens(features, clip)
+    def merge_tokens(
+        self, features: Tensor, context: VideoContext = NO_CONTEXT
+    ) -> tuple[Tensor, Tensor]:
+        assert context.scores is not None and context.keys is not None
+        assert context.scores.shape == context.keys.shape[:2] == features.shape[:2]
+        self.clips.append(context)
+        return super().merge_tokens(features, context)
 
 
 def recorded(model: Any, inputs: dict[str, Any], frames: Any = None, **kwargs: Any) -> list[Seen]:
@@ -573,9 +575,9 @@ def test_threads_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     method, found, errors = Recorder(), {}, []
     merge = Recorder.merge_tokens
 
-    def note(self: Recorder, features: Tensor, clip: Clip = CLIP) -> Any:
-        found[threading.get_ident()] = (clip.scores, clip.keys)
-        return merge(self, features, clip)
+    def note(self: Recorder, features: Tensor, context: VideoContext = NO_CONTEXT) -> Any:
+        found[threading.get_ident()] = (context.scores, context.keys)
+        return merge(self, features, context)
 
     monkeypatch.setattr(Recorder, "merge_tokens", note)
 

@@ -14,14 +14,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreame
 from transformers.video_utils import VideoMetadata
 
 from dycoke import nano
-from dycoke.cache import DycokeCache
+from dycoke.compat import cache_name, cache_of
 from dycoke.compressor import Compressor
+from dycoke.core.cache_rules import DycokeCache
+from dycoke.core.positions import PositionOffset, offset_after
+from dycoke.core.records import Trace
 from dycoke.encoding import AUTO, encode_in_chunks
 from dycoke.errors import UnsupportedError
 from dycoke.finder import own_frames, processor_options
-from dycoke.lead import Lead, lead_of
 from dycoke.report import Report
-from dycoke.tally import Trace
 from dycoke.timing import Stopwatch, Timings
 from dycoke.video import Video, read
 
@@ -307,14 +308,14 @@ class Seen:
         )
         try:
             with stopwatch.compressing(compressor, trace, frames) as run, torch.no_grad():
-                self._cache = model(**prefix, use_cache=True, logits_to_keep=1).past_key_values
+                self._cache = cache_of(model(**prefix, use_cache=True, logits_to_keep=1))
         finally:
             hook.remove()
         # A stock cache leaves the positions after the video to the model, which keeps those of
         # the video that it saw last.
-        self._lead: Lead | None = None
+        self._offset: PositionOffset | None = None
         if not isinstance(self._cache, DycokeCache):
-            self._lead = lead_of(given.get("position_ids"), None, given["inputs_embeds"])
+            self._offset = offset_after(given.get("position_ids"), None, given["inputs_embeds"])
         self.report: Report | None = None if run is None else run.report
         self.timings: Timings = stopwatch.timings
         self.timings.video_s = prepared
@@ -347,11 +348,11 @@ class Seen:
         inputs = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
-            "past_key_values": copy.deepcopy(self._cache),
+            cache_name(self._assistant.model.get_decoder()): copy.deepcopy(self._cache),
         }
-        if self._lead is not None:
+        if self._offset is not None:
             new = ids.shape[1] - self._ids.shape[1]
-            inputs["position_ids"] = self._lead.positions(None, ids.shape[1], new, 1)
+            inputs["position_ids"] = self._offset.positions(None, ids.shape[1], new, 1)
         prepared = time.perf_counter() - began
         generate |= {"max_new_tokens": max_new_tokens}
         return self._assistant._answer(

@@ -19,7 +19,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from dycoke.compat import unknown
 from dycoke.errors import UnsupportedError
+from dycoke.patching import Patches
 
 KEY = "dycoke"
 
@@ -29,11 +31,10 @@ Handler = Callable[[Callable[..., Any], nn.Module, list[Any], dict[str, Any]], A
 
 
 class Override:
-    """Routes one attention module's calls through a handler, until `restore`."""
+    """Routes one attention module's calls through a handler, until ``patches`` are undone."""
 
-    def __init__(self, module: Any, handler: Handler) -> None:
-        self.module, self.handler = module, handler
-        self.config = module.config
+    def __init__(self, patches: Patches, module: Any, handler: Handler) -> None:
+        self.handler, self.config = handler, module.config
         self.inner = _inner_function(module)
         # Some modules look for "flash" in the name before they pack what they hand over.
         key = f"{KEY}_flash" if "flash" in str(self.config._attn_implementation) else KEY
@@ -42,20 +43,21 @@ class Override:
             AttentionInterface.register(key, eagerly(_dispatch))
         config = copy.copy(self.config)
         config._attn_implementation_internal = key
+        if config._attn_implementation != key:
+            raise unknown("a config does not take its attention implementation")
         config.dycoke_override = self
-        module.config = config
-
-    def restore(self) -> None:
-        self.module.config = self.config
+        patches.replace(module, "config", config)
 
     def call(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """The module's own attention function, seeing the module's own config."""
-        # FlashAttention reads module.config._attn_implementation to choose its kernel.
-        ours, module.config = module.config, self.config
+        # FlashAttention reads module.config._attn_implementation to choose its kernel. Past
+        # nn.Module's own way of setting attributes, which takes longer than all else here.
+        attributes = vars(module)
+        ours, attributes["config"] = attributes["config"], self.config
         try:
             return self.inner(module, *args, **kwargs)
         finally:
-            module.config = ours
+            attributes["config"] = ours
 
 
 def attention_of(layer: Any) -> nn.Module:
@@ -71,6 +73,8 @@ def attention_of(layer: Any) -> nn.Module:
 
 def _dispatch(module: Any, *args: Any, **kwargs: Any) -> Any:
     override: Override = module.config.dycoke_override
+    if len(args) < 3:
+        raise unknown(f"{type(module).__name__} passes query, key and value by other names")
     return override.handler(override.call, module, list(args), kwargs)
 
 
@@ -143,7 +147,10 @@ def native_mask(
     """
     if key_mask is None and q_len == 1:
         return None
-    make = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(implementation)
+    known = getattr(ALL_MASK_ATTENTION_FUNCTIONS, "_global_mapping", None)
+    if known is None:
+        raise unknown("ALL_MASK_ATTENTION_FUNCTIONS has no _global_mapping")
+    make = known.get(implementation)
     if make is None:
         if key_mask is None:
             return None

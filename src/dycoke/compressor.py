@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 
 from dycoke.checks import check_budget, check_count, check_number, check_one_of, check_ratio
-from dycoke.clip import CLIP, Clip, video_budget
-from dycoke.engine import Engine, engine_of
+from dycoke.core.engine import Engine, engine_of
+from dycoke.core.method import NO_CONTEXT, Method, VideoContext, VisualTokens
+from dycoke.core.records import Trace
 from dycoke.finder import Frames
-from dycoke.merging import budget_mask, merge_mask, merge_mean
-from dycoke.method import Method
+from dycoke.merging import budget_mask, merge_mask, merge_mean, video_budget
 from dycoke.models import Layout
 from dycoke.report import Report
-from dycoke.rows import Visual
 from dycoke.selection import needs_refresh, top_mask
-from dycoke.tally import Trace
 
 
 class Run:
@@ -35,20 +33,24 @@ class Run:
 
     @property
     def reports(self) -> list[Report]:
-        """Reports of the last 100 generations, oldest first."""
-        return [tally.report() for tally in list(self._engine.records.tallies)]
+        """Reports of the last 100 generations, in the order in which they began."""
+        return [record.report() for record in list(self._engine.records.listed)]
 
     @property
     def report(self) -> Report | None:
-        """The report of the last generation; None before the first."""
-        reports = self.reports
-        return reports[-1] if reports else None
+        """The report of the last generation; None before the first.
+
+        A generation that runs inside another one, as contrastive decoding and ``guidance_scale``
+        run a second prompt between the steps, is in `reports` alone.
+        """
+        record = self._engine.records.last
+        return None if record is None else record.report()
 
     @property
     def trace(self) -> Trace | None:
         """What the last generation kept and attended to; None unless ``trace=True``."""
-        tallies = self._engine.records.tallies
-        return tallies[-1].trace if tallies else None
+        record = self._engine.records.last
+        return None if record is None else record.trace
 
 
 class Compressor(Method):
@@ -217,20 +219,23 @@ class DyCoke(Compressor):
         )
         return whole and self.prune_ratio == 0
 
-    def keep_mask(self, features: Tensor, clip: Clip = CLIP) -> Tensor:
+    def keep_mask(self, features: Tensor, context: VideoContext = NO_CONTEXT) -> Tensor:
         """Which visual tokens of a video stay: (F, N, D) -> bool (F, N)."""
         if self.token_budget is None:
             return merge_mask(features, self.merge_ratio, self.window)
-        count = video_budget(self.token_budget, features.shape[:2].numel(), clip)
+        tokens = features.shape[:2].numel()
+        count = video_budget(self.token_budget, tokens, context.tokens, context.index)
         return budget_mask(features, count, self.window)
 
-    def merge_tokens(self, features: Tensor, clip: Clip = CLIP) -> tuple[Tensor, Tensor]:
-        keep = self.keep_mask(features, clip)
+    def merge_tokens(
+        self, features: Tensor, context: VideoContext = NO_CONTEXT
+    ) -> tuple[Tensor, Tensor]:
+        keep = self.keep_mask(features, context)
         if self.merge == "mean":
             features = merge_mean(features, keep, self.window)
         return features, keep
 
-    def select_tokens(self, scores: Tensor, visual: Visual) -> tuple[Tensor, Tensor]:
+    def select_tokens(self, scores: Tensor, visual: VisualTokens) -> tuple[Tensor, Tensor]:
         refreshed = needs_refresh(scores, visual.previous, self.refresh_threshold)
         refreshed = refreshed & visual.valid.any(1)
         chosen = top_mask(scores.masked_fill(~visual.valid, -torch.inf), visual.counts)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dycoke.checks import check_count
-from dycoke.clip import Seen, joined
+from dycoke.core.method import EncoderAttention
 from dycoke.memory import frames_that_fit
 
 NAME = "get_video_features"
@@ -87,6 +87,18 @@ def replaced_encoder(
             setattr(base, name, before)
 
 
+def regroup(parts: Sequence[EncoderAttention], frames: Sequence[int]) -> list[EncoderAttention]:
+    """Cut what is known of frames anew: ``frames[i]`` for video i, in order."""
+    scores = [frame for part, _ in parts for frame in part]
+    keys = [frame for _, part in parts for frame in part]
+    videos, start = [], 0
+    for count in frames:
+        own = slice(start, start + count)
+        videos.append((torch.stack(scores[own]), torch.stack(keys[own])))
+        start += count
+    return videos
+
+
 class _Form(NamedTuple):
     """What takes such inputs in chunks, how many frames they are, and a frame's patches.
 
@@ -117,7 +129,7 @@ def _in_chunks(
         form = _form(inputs, pixels, names, videos, config)
         if form is None or form.frames <= (limit := most(form.patches, pixels.device)):
             return inner(*args, **kwargs)
-        seen: list[Seen] = []
+        seen: list[EncoderAttention] = []
 
         def part(**chunk: Any) -> Any:
             output = inner(**chunk)
@@ -126,7 +138,7 @@ def _in_chunks(
 
         output = form.chunked(part, inputs, str(name), limit)
         if seen:  # what a method asked for (`vision.py`)
-            output.vision = joined(seen, form.videos or [1] * sum(len(s) for s, _ in seen))
+            output.vision = regroup(seen, form.videos or [1] * sum(len(s) for s, _ in seen))
         return output
 
     return encode

@@ -76,14 +76,18 @@ class Finder:
         )
 
     def videos(
-        self, module: Any, inputs: Mapping[str, Any], labels: bool, speculative: bool
+        self,
+        module: Any,
+        inputs: Mapping[str, Any],
+        cache: Any,
+        labels: bool,
+        speculative: bool,
     ) -> tuple[list[VideoSpan], str | None]:
-        """Where the videos of this prompt are, or why there are none."""
+        """Where the videos of this prompt are, or why there are none; ``cache`` is the KV cache."""
         if labels or module.training:
             return [], "labels were given or the model is in training mode"
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        past = inputs.get("past_key_values")
-        filled = past is not None and past.get_seq_length() > 0
+        filled = cache is not None and cache.get_seq_length() > 0
         if ids is None:
             if not filled and embeds is not None and embeds.shape[1] > 1:
                 warnings.warn(

@@ -13,6 +13,8 @@ paper: all tokens of the video compete, anchors too, so that it may be as small 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -202,3 +204,56 @@ def merge_mean(features: Tensor, keep: Tensor, window: int = 4) -> Tensor:
     count.scatter_add_(0, root, torch.ones_like(count))
     mean = (total / count.clamp(min=1.0)[..., None]).to(features.dtype)
     return torch.where(keep[..., None], mean, features)
+
+
+def share_budget(budget: int, tokens: Sequence[int]) -> list[int]:
+    """Share a budget over videos by their tokens, by largest remainder.
+
+    Parameters
+    ----------
+    budget : tokens for all of them; more than there are keeps all.
+    tokens : visual tokens of each video.
+
+    Returns
+    -------
+    list of int: per video, together exactly ``min(budget, sum(tokens))``; among equal remainders
+        the first video comes first.
+    """
+    whole = sum(tokens)
+    budget = min(budget, whole)
+    counts = [budget * n // whole for n in tokens]
+    remainders = [budget * n % whole for n in tokens]
+    order = sorted(range(len(tokens)), key=lambda i: -remainders[i])
+    for i in order[: budget - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def video_budget(
+    budget: int | float, tokens: int, sizes: Sequence[int] = (), index: int = 0
+) -> int:
+    """Tokens that a video keeps under a ``token_budget``.
+
+    Parameters
+    ----------
+    budget : an int is tokens per sample, shared over its videos (`share_budget`); a float is the
+        share that each video keeps.
+    tokens : the video's visual tokens.
+    sizes, index : visual tokens of each video of the sample, and which of them this is; without
+        them it is the only one.
+
+    Returns
+    -------
+    int, at least 1: no video is lost. One that `share_budget` leaves with nothing takes a token
+        from the video that has most; fewer tokens than videos become one for each, above the
+        budget.
+    """
+    if isinstance(budget, float):
+        return max(1, int(budget * tokens + 1e-6))
+    counts = share_budget(budget, sizes or (tokens,))
+    for i, count in enumerate(counts):
+        if count == 0:
+            most = counts.index(max(counts))
+            counts[most] = max(1, counts[most] - 1)
+            counts[i] = 1
+    return counts[index]

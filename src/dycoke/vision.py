@@ -9,7 +9,6 @@ found since that forward began. So nothing can be left over from another prompt.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import threading
@@ -23,10 +22,11 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from dycoke.attention import Override
-from dycoke.clip import Seen, joined
-from dycoke.encoding import replaced_encoder
+from dycoke.core.method import EncoderAttention
+from dycoke.encoding import regroup
 from dycoke.errors import UnsupportedError
 from dycoke.models import VideoSpan, families
+from dycoke.patching import Patches
 
 KINDS = ("video", "image")
 BLOCK = 1 << 24  # attention weights that `received` holds at once: 64 MB in float32
@@ -66,12 +66,12 @@ class _Local(threading.local):
     """A thread's own: the call in progress, and what the forward in progress may use."""
 
     call: _Call | None = None
-    found: dict[str, list[Seen]] | None = None
+    found: dict[str, list[EncoderAttention]] | None = None
     handed: Any = None
 
 
 class Vision:
-    """Scores and keys of a model's video tokens, from `install` to `restore`.
+    """Scores and keys of a model's video tokens, from `install` on.
 
     Parameters
     ----------
@@ -92,25 +92,19 @@ class Vision:
         self._local = _Local()
         # An override is no help to a second thread while it calls on to the first one's function.
         self._turn = threading.RLock()
-        self._undo = contextlib.ExitStack()
 
-    def install(self, hook: Callable[[nn.Module, Any, Any], None]) -> None:
-        """Override and wrap; ``hook(module, before, after)`` registers a forward's hooks."""
-        self._undo.callback(Override(self.module, self._attend).restore)
+    def install(self, patches: Patches) -> None:
+        """Override the attention module and wrap the methods that encode."""
+        Override(patches, self.module, self._attend)
         for kind in KINDS:
             name = f"get_{kind}_features"
             if hasattr(self.base, name):
-                wrap = functools.partial(self._wrapped, kind)
-                self._undo.enter_context(replaced_encoder(self.base, wrap, name))
+                patches.replace(self.base, name, self._wrapped(kind, getattr(self.base, name)))
         if self.model is not self.base:
-            hook(self.model, self._begin, None)
-        hook(self.base, self._begin, self._end)
+            patches.hook(self.model, self._begin)
+        patches.hook(self.base, self._begin, self._end)
 
-    def restore(self) -> None:
-        """Undo `install`, but for the hooks. Harmless when called twice."""
-        self._undo.close()
-
-    def take(self, spans: Sequence[VideoSpan], device: torch.device) -> list[Seen]:
+    def take(self, spans: Sequence[VideoSpan], device: torch.device) -> list[EncoderAttention]:
         """Scores and keys of this prefill's videos, on ``device``."""
         parts = {}
         for kind in KINDS:
@@ -119,13 +113,13 @@ class Vision:
         seen = [next(parts[span.source[:-1]]) for span in spans]
         return [(scores.to(device), keys.to(device)) for scores, keys in seen]
 
-    def _encoded(self, kind: str) -> Sequence[Seen]:
+    def _encoded(self, kind: str) -> Sequence[EncoderAttention]:
         """What is known of the videos (images) that came with the forward in progress."""
         local = self._local
         if local.found and local.found[kind]:
             return local.found[kind]
         handed = local.handed if isinstance(local.handed, Mapping) else {}
-        seen: Sequence[Seen] = getattr(handed.get(kind), "vision", [])
+        seen: Sequence[EncoderAttention] = getattr(handed.get(kind), "vision", [])
         return seen
 
     # The forward that encodes, or gets what was encoded
@@ -159,7 +153,9 @@ class Vision:
         for q, k in zip(query.split(lengths, 2), keys.split(lengths, 2), strict=True):
             call.add(q, k, kwargs.get("scaling"), _hidden(mask))
 
-    def pool(self, call: _Call, kind: str, inputs: dict[str, Any], output: Any) -> list[Seen]:
+    def pool(
+        self, call: _Call, kind: str, inputs: dict[str, Any], output: Any
+    ) -> list[EncoderAttention]:
         """From patches to the tokens of each video (image)."""
         pool = self._packed if call.packed else self._stacked
         return pool(call, kind, inputs, output)
@@ -196,7 +192,9 @@ class Vision:
                 f"{ours} is what the method gets; set it in the config before the block"
             )
 
-    def _stacked(self, call: _Call, kind: str, inputs: dict[str, Any], output: Any) -> list[Seen]:
+    def _stacked(
+        self, call: _Call, kind: str, inputs: dict[str, Any], output: Any
+    ) -> list[EncoderAttention]:
         """Frames side by side, a square of patches each, pooled to a square of tokens."""
         scores, keys = torch.cat(call.scores), torch.cat(call.keys)
         rows = sum(video.shape[:-1].numel() for video in output.pooler_output)
@@ -205,9 +203,11 @@ class Vision:
         if kind == "video":
             pixels = next(v for n, v in inputs.items() if n.startswith("pixel_values"))
             videos = [pixels.shape[1]] * pixels.shape[0]
-        return joined([(pooled(scores[..., None], side)[..., 0], pooled(keys, side))], videos)
+        return regroup([(pooled(scores[..., None], side)[..., 0], pooled(keys, side))], videos)
 
-    def _packed(self, call: _Call, kind: str, inputs: dict[str, Any], output: Any) -> list[Seen]:
+    def _packed(
+        self, call: _Call, kind: str, inputs: dict[str, Any], output: Any
+    ) -> list[EncoderAttention]:
         """Patches of all videos in one row, those of a token one after another."""
         grids = inputs[f"{kind}_grid_thw"]
         config = self.base.config.vision_config
@@ -258,7 +258,9 @@ def _attention(base: Any, family: ModuleType | None) -> nn.Module:
     return module
 
 
-def _matched(encoded: Sequence[Seen], spans: Sequence[VideoSpan]) -> list[Seen]:
+def _matched(
+    encoded: Sequence[EncoderAttention], spans: Sequence[VideoSpan]
+) -> list[EncoderAttention]:
     """Give each span what is known of its frames.
 
     Beams and several answers repeat a sample, but not what was encoded for it before.
@@ -272,7 +274,7 @@ def _matched(encoded: Sequence[Seen], spans: Sequence[VideoSpan]) -> list[Seen]:
         )
     repeats = max(1, sum(len(span.positions) for span in spans) // frames)
     firsts = [span for span in spans if span.sample % repeats == 0]
-    known: dict[int, list[Seen]] = {}
+    known: dict[int, list[EncoderAttention]] = {}
     given = [scores.shape[1] for scores, _ in encoded for _ in scores]
     wanted = [span.positions.shape[1] for span in firsts for _ in span.positions]
     if given != wanted:
@@ -281,7 +283,7 @@ def _matched(encoded: Sequence[Seen], spans: Sequence[VideoSpan]) -> list[Seen]:
             f"of {len(given)} frames of {sorted(set(given))}; hand over what was encoded for this "
             "prompt, inside the block"
         )
-    parts = joined(encoded, [len(span.positions) for span in firsts])
+    parts = regroup(encoded, [len(span.positions) for span in firsts])
     for span, seen in zip(firsts, parts, strict=True):
         known.setdefault(span.sample, []).append(seen)
     left = {span.sample: iter(known[span.sample - span.sample % repeats]) for span in spans}

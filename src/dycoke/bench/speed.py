@@ -12,10 +12,11 @@ from torch import Tensor
 from dycoke import methods
 from dycoke.assistant import GREEDY, Assistant
 from dycoke.bench.plan import Plan
+from dycoke.compat import cache_of
 from dycoke.compressor import Compressor
+from dycoke.core.records import held_bytes
 from dycoke.finder import Finder, own_frames
 from dycoke.report import Report
-from dycoke.tally import kv_bytes
 from dycoke.timing import Stopwatch, Timings
 from dycoke.video import Video, read
 
@@ -97,7 +98,7 @@ class Bench:
             )
         return Sample(
             timings=watch.timings,
-            kv_bytes=kv_bytes(output.past_key_values),
+            kv_bytes=held_bytes(cache_of(output)),
             peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
             report=None if run is None else run.report,
             frames=len(video.frames),

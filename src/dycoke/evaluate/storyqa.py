@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dycoke.assistant import Assistant
+from dycoke.compat import cache_name, cache_of
 from dycoke.compressor import Compressor, DyCoke
 from dycoke.evaluate.stats import Count, paired_difference, wilson
 from dycoke.methods.controls import FewerFrames, RandomTokens
@@ -222,13 +223,13 @@ class StoryQA:
             logits_to_keep=1,
             **self._videos(told, wants),
         )
-        return output.past_key_values
+        return cache_of(output)
 
     def _answer(self, watched: Any, places: list[int], ids: Tensor, task: str) -> list[str]:
         """Greedy answers to prompts about the stories at ``places`` of what was watched."""
         cache = copy.deepcopy(watched)
         cache.batch_select_indices(torch.tensor(places, device=ids.device))
-        return self._generate(ids, task, past_key_values=cache)
+        return self._generate(ids, task, **{cache_name(self.model.get_decoder()): cache})
 
     def _generate(self, ids: Tensor, task: str, **more: Any) -> list[str]:
         output = self.model.generate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dycoke.clip import Clip
+from dycoke.core.method import VideoContext
 from dycoke.merging import check_features
 
 
@@ -21,7 +21,7 @@ def in_float32(features: Tensor) -> Tensor:
     return _finite("features", features.float())
 
 
-def vision_of(clip: Clip, features: Tensor) -> tuple[Tensor, Tensor]:
+def vision_of(context: VideoContext, features: Tensor) -> tuple[Tensor, Tensor]:
     """What the vision encoder says of the tokens ``features`` (F, N, D).
 
     Returns
@@ -32,10 +32,10 @@ def vision_of(clip: Clip, features: Tensor) -> tuple[Tensor, Tensor]:
     Raises
     ------
     ValueError
-        Where the clip lacks them, or they have another shape or NaN or infinite values.
+        Where the context lacks them, or they have another shape or NaN or infinite values.
     """
-    scores = _beside("scores", clip.scores, features, 2)
-    return scores, _beside("keys", clip.keys, features, 3)
+    scores = _beside("scores", context.scores, features, 2)
+    return scores, _beside("keys", context.keys, features, 3)
 
 
 def _beside(name: str, values: Tensor | None, features: Tensor, dims: int) -> Tensor:
@@ -44,14 +44,14 @@ def _beside(name: str, values: Tensor | None, features: Tensor, dims: int) -> Te
     if values is None:
         raise ValueError(
             f"this method needs the vision encoder's {name} of the video's {shape[0]} x {shape[1]} "
-            f"tokens; pass a Clip that has {name}"
+            f"tokens; pass a VideoContext that has {name}"
         )
     if values.ndim != dims or values.shape[:2] != shape:
         raise ValueError(
-            f"clip.{name} must have {dims} dimensions and begin with {shape}, "
+            f"context.{name} must have {dims} dimensions and begin with {shape}, "
             f"got {tuple(values.shape)}"
         )
-    return _finite(f"clip.{name}", values.to(features.device, torch.float32))
+    return _finite(f"context.{name}", values.to(features.device, torch.float32))
 
 
 def _finite(name: str, values: Tensor) -> Tensor:

@@ -8,9 +8,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from dycoke.clip import CLIP, Clip
 from dycoke.compressor import Compressor, DyCoke
-from dycoke.rows import Visual
+from dycoke.core.method import NO_CONTEXT, VideoContext, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,12 @@ class Composed(Compressor):
     def idle(self) -> bool:
         return self.before.idle and self.after.idle
 
-    def merge_tokens(self, features: Tensor, clip: Clip = CLIP) -> tuple[Tensor, Tensor]:
-        return self.before.merge_tokens(features, clip)
+    def merge_tokens(
+        self, features: Tensor, context: VideoContext = NO_CONTEXT
+    ) -> tuple[Tensor, Tensor]:
+        return self.before.merge_tokens(features, context)
 
-    def select_tokens(self, scores: Tensor, visual: Visual) -> tuple[Tensor, Tensor]:
+    def select_tokens(self, scores: Tensor, visual: VisualTokens) -> tuple[Tensor, Tensor]:
         return self.after.select_tokens(scores, visual)
 
     def to_dict(self) -> dict[str, Any]:

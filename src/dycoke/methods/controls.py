@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dycoke.clip import CLIP, Clip
 from dycoke.compressor import DyCoke
+from dycoke.core.method import NO_CONTEXT, VideoContext
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,10 @@ class RandomTokens(DyCoke):
 
     seed: int = 0
 
-    def merge_tokens(self, features: Tensor, clip: Clip = CLIP) -> tuple[Tensor, Tensor]:
-        keep = self.keep_mask(features, clip)
+    def merge_tokens(
+        self, features: Tensor, context: VideoContext = NO_CONTEXT
+    ) -> tuple[Tensor, Tensor]:
+        keep = self.keep_mask(features, context)
         mark = zlib.crc32(features[0, 0].float().cpu().numpy().tobytes(), self.seed)
         order = torch.randperm(keep.numel(), generator=torch.Generator().manual_seed(mark))
         chosen = torch.zeros(keep.numel(), dtype=torch.bool)
@@ -35,8 +37,10 @@ class RandomTokens(DyCoke):
 class FewerFrames(DyCoke):
     """Whole frames, evenly spaced, not more tokens than DyCoke keeps, and at least one frame."""
 
-    def merge_tokens(self, features: Tensor, clip: Clip = CLIP) -> tuple[Tensor, Tensor]:
-        keep = self.keep_mask(features, clip)
+    def merge_tokens(
+        self, features: Tensor, context: VideoContext = NO_CONTEXT
+    ) -> tuple[Tensor, Tensor]:
+        keep = self.keep_mask(features, context)
         frames, tokens = keep.shape
         count = max(1, int(keep.sum()) // tokens)
         # The first and the last frame are among them; one frame is the middle one.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dycoke.checks import check_one_of
-from dycoke.layers import scaled
+from dycoke.core.layers import scaled
 from dycoke.methods.base import OneShot
 from dycoke.selection import top_mask
 

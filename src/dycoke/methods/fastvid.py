@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dycoke.checks import check_between, check_count
-from dycoke.clip import CLIP, Clip
+from dycoke.core.method import NO_CONTEXT, VideoContext
 from dycoke.merging import retained_count
 from dycoke.methods.base import OneShot
 from dycoke.methods.clustering import (
@@ -70,10 +70,12 @@ class FastVID(OneShot):
         for name in ("context", "centre_weight"):
             set_field(self, name, check_between(name, getattr(self, name), 0, 1))
 
-    def merge_tokens(self, features: Tensor, clip: Clip = CLIP) -> tuple[Tensor, Tensor]:
+    def merge_tokens(
+        self, features: Tensor, context: VideoContext = NO_CONTEXT
+    ) -> tuple[Tensor, Tensor]:
         if self.idle:
-            return super().merge_tokens(features, clip)
-        whole, scores = in_float32(features), vision_of(clip, features)[0]
+            return super().merge_tokens(features, context)
+        whole, scores = in_float32(features), vision_of(context, features)[0]
         count = max(1, retained_count(features.shape[1], self.ratio))
         peaks = int(self.context * count + 1e-6)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dycoke.checks import check_between, check_count
-from dycoke.clip import CLIP, Clip, shared
+from dycoke.core.method import NO_CONTEXT, VideoContext
+from dycoke.merging import share_budget
 from dycoke.methods.clustering import (
     distances,
     group_means,
@@ -68,10 +69,12 @@ class FlashVID(TwoStage):
             set_field(self, name, check_between(name, getattr(self, name), -1, 1))
         set_field(self, "diverse", check_between("diverse", self.diverse, 0, 1))
 
-    def merge_tokens(self, features: Tensor, clip: Clip = CLIP) -> tuple[Tensor, Tensor]:
+    def merge_tokens(
+        self, features: Tensor, context: VideoContext = NO_CONTEXT
+    ) -> tuple[Tensor, Tensor]:
         if self.idle:
-            return super().merge_tokens(features, clip)
-        tokens, scores = in_float32(features), vision_of(clip, features)[0]
+            return super().merge_tokens(features, context)
+        tokens, scores = in_float32(features), vision_of(context, features)[0]
         count = ceil(features.shape[1] * self.outer - 1e-6)
         chosen = ceil(count * self.diverse - 1e-6)
         keep = diverse_mask(tokens, scores, chosen)
@@ -84,7 +87,7 @@ class FlashVID(TwoStage):
             frames = slice(start, start + length)
             means, roots = trees(tokens[frames], ~keep[frames], self.threshold, count - chosen)
             sizes = roots.sum(1).tolist()
-            for frame, number in enumerate(shared((count - chosen) * length, sizes)):
+            for frame, number in enumerate(share_budget((count - chosen) * length, sizes)):
                 if number:
                     where = highest(roots[frame].float(), sizes[frame])
                     peaks, centres = clustered(means[frame, where], number, self.neighbours)

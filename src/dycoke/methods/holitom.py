@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dycoke.checks import check_between, check_count
-from dycoke.clip import CLIP, Clip
+from dycoke.core.method import NO_CONTEXT, VideoContext
 from dycoke.methods.clustering import distances, group_means, highest, peak_scores
 from dycoke.methods.common import in_float32, vision_of
 from dycoke.methods.twostage import TwoStage
@@ -65,10 +65,12 @@ class HoliTom(TwoStage):
         weight = check_between("centre_weight", self.centre_weight, 0, 1)
         set_field(self, "centre_weight", weight)
 
-    def merge_tokens(self, features: Tensor, clip: Clip = CLIP) -> tuple[Tensor, Tensor]:
+    def merge_tokens(
+        self, features: Tensor, context: VideoContext = NO_CONTEXT
+    ) -> tuple[Tensor, Tensor]:
         if self.idle:
-            return super().merge_tokens(features, clip)
-        tokens, scores = in_float32(features), vision_of(clip, features)[0]
+            return super().merge_tokens(features, context)
+        tokens, scores = in_float32(features), vision_of(context, features)[0]
         threshold = self.threshold
         if threshold is None:
             threshold = 0.65 if self.outer < 0.125 else 0.8

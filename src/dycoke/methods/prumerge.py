@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dycoke.clip import CLIP, Clip
+from dycoke.core.method import NO_CONTEXT, VideoContext
 from dycoke.merging import retained_count
 from dycoke.methods.base import OneShot
 from dycoke.methods.common import in_float32, vision_of
@@ -79,11 +79,13 @@ class LLaVAPruMerge(OneShot):
 
     needs_vision: ClassVar[bool] = True
 
-    def merge_tokens(self, features: Tensor, clip: Clip = CLIP) -> tuple[Tensor, Tensor]:
+    def merge_tokens(
+        self, features: Tensor, context: VideoContext = NO_CONTEXT
+    ) -> tuple[Tensor, Tensor]:
         if self.idle:
-            return super().merge_tokens(features, clip)
+            return super().merge_tokens(features, context)
         tokens = in_float32(features)
-        scores, keys = vision_of(clip, tokens)
+        scores, keys = vision_of(context, tokens)
         count = max(1, retained_count(tokens.shape[1], self.ratio))
         merged, keep = prune_and_merge(tokens, scores, keys, count)
         return merged.to(features.dtype), keep

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dycoke.layers import scaled
+from dycoke.core.layers import scaled
 from dycoke.methods.base import OneShot
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dycoke.clip import CLIP, Clip
+from dycoke.core.method import NO_CONTEXT, VideoContext
 from dycoke.methods.base import OneShot
 from dycoke.methods.common import in_float32
 from dycoke.selection import top_mask
@@ -75,9 +75,11 @@ class VidCom2(OneShot):
     nothing but the features is looked at.
     """
 
-    def merge_tokens(self, features: Tensor, clip: Clip = CLIP) -> tuple[Tensor, Tensor]:
+    def merge_tokens(
+        self, features: Tensor, context: VideoContext = NO_CONTEXT
+    ) -> tuple[Tensor, Tensor]:
         if self.idle:
-            return super().merge_tokens(features, clip)
+            return super().merge_tokens(features, context)
         tokens = F.normalize(steady_channels(in_float32(features)), dim=-1)
         to_video = likeness(tokens, tokens.mean((0, 1), keepdim=True))
         to_frame = likeness(tokens, tokens.mean(1, keepdim=True))

@@ -35,7 +35,6 @@ import torch
 from torch import Tensor
 
 from dycoke.errors import UnsupportedError
-from dycoke.rows import Arrangement
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,11 +206,11 @@ Layout = Callable[[Prompt], list[VideoSpan]]
 
 PIXELS = {"video": "pixel_values_videos", "image": "pixel_values"}
 
-Masks = Callable[[Any, Mapping[str, Any], Mapping[str, Any], Arrangement], dict[str, Any] | None]
+Masks = Callable[[Any, Mapping[str, Any], Mapping[str, Any], Tensor], dict[str, Any] | None]
 """Makes a prompt's masks anew once it is shortened, or returns None where the usual ones do.
 
 Takes the model's config, what the model received, what its decoder will receive (shortened), and
-the rows that stayed. Returns a mask per kind of layer.
+the prompt position of each row that stayed, (B, R). Returns a mask per kind of layer.
 """
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
+from dycoke.compat import cache_argument, cache_of
 from dycoke.models import Prompt, VideoSpan
-from dycoke.rows import Arrangement
 
 MODEL_TYPES = ("gemma4",)
 ROPE = "1-D"
@@ -36,7 +38,7 @@ def layout(prompt: Prompt) -> list[VideoSpan]:
 
 
 def masks(
-    config: Any, given: Mapping[str, Any], inputs: Mapping[str, Any], rows: Arrangement
+    config: Any, given: Mapping[str, Any], inputs: Mapping[str, Any], source: Tensor
 ) -> dict[str, Any] | None:
     """Larger models let the tokens of a frame see each other, in layers with a window."""
     text, types = config.get_text_config(), given.get("mm_token_type_ids")
@@ -44,14 +46,15 @@ def masks(
         return None
     from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
-    frames = gemma4.get_block_sequence_ids_for_mask(types, device=rows.source.device)
-    frames = frames.gather(1, rows.source)
-    made: dict[str, Any] = gemma4.create_masks_for_vision_model(
+    frames = gemma4.get_block_sequence_ids_for_mask(types, device=source.device)
+    frames = frames.gather(1, source)
+    make = gemma4.create_masks_for_vision_model
+    made: dict[str, Any] = make(
         config=text,
         inputs_embeds=inputs["inputs_embeds"],
         attention_mask=inputs["attention_mask"],
-        past_key_values=inputs.get("past_key_values"),
         position_ids=inputs["position_ids"],
         block_sequence_ids=frames,
+        **{cache_argument(make): cache_of(inputs)},
     )
     return made

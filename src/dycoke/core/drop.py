@@ -1,6 +1,6 @@
-"""The door `drop`: visual tokens that leave inside the LLM, once, at prefill.
+"""Drop visual tokens inside the LLM, once, at prefill.
 
-Layers below the door hold every row of the shortened prompt, those from it on only what is left.
+The lower layers hold every row of the shortened prompt, the upper ones only what is left.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dycoke.attention import query_scores
+from dycoke.core.cache import VideoCache
+from dycoke.core.method import Method
+from dycoke.core.prefill import row_map
 from dycoke.errors import UnsupportedError
-from dycoke.method import Method
-from dycoke.rows import RowMap, Visual
 
 
 def last_token_scores(
@@ -30,30 +31,28 @@ def last_token_scores(
 
 
 def drop_rows(
-    method: Method, hidden: Tensor, scores: Tensor, plain: RowMap, visual: Visual, below: float
-) -> tuple[Tensor, Tensor, RowMap]:
-    """Ask the method what leaves, sample by sample.
+    method: Method, hidden: Tensor, scores: Tensor, cache: VideoCache, below: float
+) -> tuple[Tensor, Tensor]:
+    """Ask the method what leaves, sample by sample, and tell the cache.
 
     Parameters
     ----------
     hidden : Tensor, (B, R, D): what enters the layer.
     scores : Tensor, (B, R): attention of the last token in the layer below.
-    plain : the rows so far.
-    visual : the visual tokens; what stays becomes the active set.
     below : share of the layers that hold all rows.
 
     Returns
     -------
-    hidden : Tensor, (B, R, D): with what the method averaged.
+    hidden : Tensor, (B, R', D): what goes on, with what the method averaged.
     source : Tensor, long, (B, R'): the rows that stay, right-aligned.
-    rows : RowMap of the layers from here on.
     """
-    device = hidden.device
+    generation, device = cache.generation, hidden.device
+    visual, index = generation.visual, generation.lower.index
     scores, states = scores.to(device), hidden
-    stays = plain.index.to(device) >= 0
+    stays = index.to(device) >= 0
     active = torch.zeros_like(visual.valid)
     for b, valid in enumerate(visual.valid):
-        rows = visual.rows[b][valid].to(device)
+        rows = generation.lower_rows[b][valid].to(device)
         if not len(rows):
             continue
         own = hidden[b, rows]
@@ -63,15 +62,14 @@ def drop_rows(
             states[b, rows] = merged
         stays[b, rows] = keep
         active[b, valid] = keep.to(active.device)
-    visual.active, visual.counts = active, active.sum(1)
     lengths = stays.sum(1).tolist()  # the one wait for the device
     longest = max(lengths)
     source = stays.byte().sort(dim=1, stable=True).indices[:, -longest:]
-    real = stays.gather(1, source).to(plain.index.device)
-    index = plain.index.gather(1, source.to(plain.index.device))
+    real = stays.gather(1, source).to(index.device)
+    index = torch.where(real, index.gather(1, source.to(index.device)), -1)
     first = [longest - n for n in lengths]
-    upper = RowMap(torch.where(real, index, -1), any(first), first)
-    return states, source, upper
+    cache.drop(row_map(index, first, any(first)), active)
+    return states.gather(1, source[..., None].expand(-1, -1, hidden.shape[-1])), source
 
 
 def shorten_layer(inputs: dict[str, Any], source: Tensor, rows: int) -> None:

@@ -1,18 +1,19 @@
-"""Drop merged rows from what the decoder is about to receive at prefill."""
+"""Cut merged rows out of what the decoder is about to receive at prefill."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dycoke.clip import Clip, Seen
+from dycoke.core.cache import RowMap
+from dycoke.core.method import EncoderAttention, Method, VideoContext, VisualTokens
 from dycoke.errors import UnsupportedError
-from dycoke.method import Method
+from dycoke.merging import retained_count
 from dycoke.models import VideoSpan
-from dycoke.rows import Arrangement, arrange
 
 # What `shorten` takes care of, whatever its length.
 DONE = (
@@ -24,18 +25,111 @@ DONE = (
 )
 
 
-def clips_of(spans: Sequence[VideoSpan], seen: Sequence[Seen] | None = None) -> list[Clip]:
-    """What each video's method may know of it: the sizes of its sample's videos, and ``seen``."""
+@dataclass(frozen=True, eq=False)
+class Arrangement:
+    """A prompt cut down to the rows that stay.
+
+    Attributes
+    ----------
+    source : Tensor, long, (B, R): prompt position of each row; of a padding row, any position.
+    dropped : Tensor, long, (B, S): tokens merged away before (and at) each prompt position.
+    lower, upper : row maps of the lower and of the upper layers, as in `Generation`.
+    visual : the visual tokens.
+    lower_rows, upper_rows : Tensor, long, (B, V): the row of each; 0 for padding.
+    """
+
+    source: Tensor
+    dropped: Tensor
+    lower: RowMap
+    upper: RowMap
+    visual: VisualTokens
+    lower_rows: Tensor
+    upper_rows: Tensor
+
+
+def arrange(
+    keep: Tensor, visual: Tensor, attention_mask: Tensor | None, prune_ratio: float
+) -> Arrangement:
+    """Lay out the rows of a prompt from which tokens have been merged away.
+
+    Parameters
+    ----------
+    keep : Tensor, bool, (B, S): False for tokens merged away.
+    visual : Tensor, bool, (B, S): True for visual tokens that stay.
+    attention_mask : Tensor, (B, S), or None: 0 for padding.
+    prune_ratio : share of a sample's visual tokens that a decode step does not attend to; 0 keeps
+        one row order for all layers.
+
+    Returns
+    -------
+    Arrangement
+        Samples are right-aligned; leading padding beyond what the longest sample needs is gone.
+    """
+    device = keep.device
+    stays = keep
+    if attention_mask is not None:
+        stays = keep & (attention_mask.to(device).cumsum(1) > 0)
+    # One wait for the device: the sizes below are needed as Python numbers.
+    lengths, kept = torch.stack([stays.sum(1), visual.sum(1)]).tolist()
+    longest, most = max(lengths), max(kept)
+    source = stays.byte().sort(dim=1, stable=True).indices[:, -longest:]
+    real = stays.gather(1, source)
+    everything = torch.zeros(len(lengths), dtype=torch.long, device=device)
+    padded = min(lengths) < longest
+    lower = RowMap(torch.where(real, source, -1), everything, 0, padded=padded)
+
+    shown = visual.gather(1, source) & real
+    valid, rows = shown.byte().sort(dim=1, descending=True, stable=True)
+    valid, rows = valid[:, :most].bool(), rows[:, :most]
+    rows = torch.where(valid, rows, 0)
+    upper, slots, active = lower, rows, valid
+    counts = [retained_count(n, prune_ratio) for n in kept]
+    if prune_ratio > 0:
+        # The first decode step selects; until then the last tokens stand in for the active set.
+        number = torch.arange(most, device=device).expand_as(rows)
+        bank = torch.tensor([n - m for n, m in zip(kept, counts, strict=True)], device=device)
+        active = valid & (number >= bank[:, None])
+        # Rows sorted by what they are: padding 0, bank 1, active 2, text 3.
+        part = torch.where(real, torch.where(shown, 1, 3), 0)
+        # The padding of `rows` points at row 0, where nothing may be added.
+        part.scatter_add_(1, rows, active.long())
+        order = part.sort(dim=1, stable=True).indices
+        first = [longest - n + k - m for n, k, m in zip(lengths, kept, counts, strict=True)]
+        upper = row_map(lower.index.gather(1, order), first, padded, order)
+        slots = torch.where(valid, order.argsort(dim=1).gather(1, rows), 0)
+
+    return Arrangement(
+        source=source,
+        dropped=(~keep).cumsum(1),
+        lower=lower,
+        upper=upper,
+        visual=VisualTokens(valid, torch.tensor(counts, device=device), active),
+        lower_rows=rows,
+        upper_rows=slots,
+    )
+
+
+def row_map(index: Tensor, first: list[int], padded: bool, order: Tensor | None = None) -> RowMap:
+    """A row map from the first row of each sample's decode view."""
+    start = min(first)
+    starts = torch.tensor(first, device=index.device)
+    return RowMap(index, starts, start, order, padded, uneven=max(first) > start)
+
+
+def contexts_of(
+    spans: Sequence[VideoSpan], seen: Sequence[EncoderAttention] | None = None
+) -> list[VideoContext]:
+    """What a method may know of each video: the sizes of its sample's videos, and ``seen``."""
     sizes: dict[int, list[int]] = {}
-    places = []
+    numbers = []
     for span in spans:
         videos = sizes.setdefault(span.sample, [])
-        places.append(len(videos))
+        numbers.append(len(videos))
         videos.append(span.positions.numel())
     known = [(None, None)] * len(spans) if seen is None else seen
     return [
-        Clip(scores, keys, tuple(sizes[span.sample]), place)
-        for span, place, (scores, keys) in zip(spans, places, known, strict=True)
+        VideoContext(scores, keys, tuple(sizes[span.sample]), number)
+        for span, number, (scores, keys) in zip(spans, numbers, known, strict=True)
     ]
 
 
@@ -44,7 +138,7 @@ def shorten(
     spans: Sequence[VideoSpan],
     method: Method,
     cached: bool,
-    clips: Sequence[Clip],
+    contexts: Sequence[VideoContext],
 ) -> tuple[Arrangement, list[Tensor]]:
     """Merge each video's tokens and keep only the rows that stay.
 
@@ -56,7 +150,7 @@ def shorten(
     spans : where the videos are.
     method : what decides.
     cached : whether the decoder will have a cache.
-    clips : what else is known of each video.
+    contexts : what else is known of each video.
 
     Returns
     -------
@@ -72,7 +166,7 @@ def shorten(
     for i, span in enumerate(spans):
         places = span.positions.to(device)
         features = embeds[span.sample, places]
-        merged, kept = method.merge_tokens(features, clips[i])
+        merged, kept = method.merge_tokens(features, contexts[i])
         if merged is not features:
             embeds = embeds.clone() if embeds is inputs["inputs_embeds"] else embeds
             embeds[span.sample, places] = merged
@@ -89,7 +183,7 @@ def shorten(
     inputs["inputs_embeds"] = _gather(embeds, rows)
     if inputs.get("per_layer_inputs") is not None:  # what each layer is told of a token's id
         inputs["per_layer_inputs"] = _gather(inputs["per_layer_inputs"], rows)
-    key_mask = rows.plain.key_mask(mask, rows.source.shape[1], device, decode=False)
+    key_mask = rows.lower.key_mask(mask, rows.source.shape[1], device, decode=False)
     if key_mask is None and not cached:
         # Gaps in the positions of a prompt without mask and cache read as packed sequences.
         key_mask = torch.ones_like(rows.source)
@@ -114,7 +208,7 @@ def _deepstack(inputs: dict[str, Any], rows: Arrangement) -> None:
     visual, layers = inputs.get("visual_pos_masks"), inputs.get("deepstack_visual_embeds")
     if visual is None or layers is None:
         return
-    source, real = (x.to(visual.device) for x in (rows.source, rows.plain.index >= 0))
+    source, real = (x.to(visual.device) for x in (rows.source, rows.lower.index >= 0))
     shown = visual.gather(1, source) & real
     number = (visual.flatten().cumsum(0) - 1).view_as(visual)
     stay = number.gather(1, source)[shown]

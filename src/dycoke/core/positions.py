@@ -1,4 +1,4 @@
-"""How positions go on after a prompt, kept with the generation.
+"""How the positions of text go on after a shortened prompt, kept with the generation.
 
 Transformers keeps the offset between a text token's index and its 3-D position on the model
 (`rope_deltas`), where the next video overwrites it, and numbers a padded prompt in two ways, with
@@ -8,7 +8,6 @@ beside others, or row by row needs its own offset.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(eq=False)
-class Lead:
+class PositionOffset:
     """How far the positions of text that follows are ahead of its index among real tokens.
 
     Attributes
@@ -45,7 +44,7 @@ class Lead:
     def positions(self, mask: Tensor | None, length: int, new: int, batch: int) -> Tensor:
         """Positions of ``length`` tokens, the last ``new`` not cached yet.
 
-        ``mask`` is (batch, length), 0 for padding. The lead may have several rows per sample: a
+        ``mask`` is (batch, length), 0 for padding. The offset may have several rows per sample: a
         cache that was repeated for beams before the prompt is. Returns (batch, length), or
         (1, batch, length) where positions are 3-D.
         """
@@ -58,12 +57,11 @@ class Lead:
         index = index + ahead.to(index.device)
         return index[None] if self.spatial else index
 
-    def map_batch(self, pick: Callable[[Tensor], Tensor]) -> None:
-        self.now, self.turn = pick(self.now), pick(self.turn)
 
-
-def lead_of(position_ids: Tensor | None, mask: Tensor | None, embeds: Tensor) -> Lead:
-    """The lead after a prompt.
+def offset_after(
+    position_ids: Tensor | None, mask: Tensor | None, embeds: Tensor
+) -> PositionOffset:
+    """The offset after a prompt.
 
     Parameters
     ----------
@@ -82,8 +80,10 @@ def lead_of(position_ids: Tensor | None, mask: Tensor | None, embeds: Tensor) ->
         real = mask.long().sum(1)
     if not spatial:
         now = (position_ids[:, -1] + 1 - real)[:, None]
-        return Lead(now, now, spatial)
+        return PositionOffset(now, now, spatial)
     # Text goes on from a frame's height and width; its time may have run far ahead.
     last = position_ids[-2:, :, -1].amax(0)
     seen = position_ids[-3:] if mask is None else position_ids[-3:] * mask.bool()
-    return Lead((last + 1 - real)[:, None], (seen.amax((0, 2)) + 1 - real)[:, None], spatial)
+    return PositionOffset(
+        (last + 1 - real)[:, None], (seen.amax((0, 2)) + 1 - real)[:, None], spatial
+    )

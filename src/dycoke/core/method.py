@@ -3,13 +3,63 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dycoke.clip import CLIP, Clip
-from dycoke.rows import Visual
+EncoderAttention = tuple[Tensor, Tensor]
+"""What the vision encoder's attention says of a video: scores (F, N) and keys (F, N, C)."""
+
+
+@dataclass(frozen=True, eq=False)
+class VideoContext:
+    """What a method may know of a video beside its features.
+
+    Attributes
+    ----------
+    scores : Tensor, shape (F, N), or None
+        Attention that each token received in the vision encoder, a mean over heads and over the
+        queries of its frame, pooled to tokens; where the method asks for it (``needs_vision``).
+        Where the encoder has a class token, the attention of that token alone.
+    keys : Tensor, shape (F, N, C), or None
+        The tokens' keys there as the attention takes them (after RoPE), a mean over heads, pooled
+        alike.
+    tokens : tuple of int
+        Visual tokens of each video of the sample, this one included; () for this one alone.
+    index : int
+        Which of them this is.
+    """
+
+    scores: Tensor | None = None
+    keys: Tensor | None = None
+    tokens: tuple[int, ...] = ()
+    index: int = 0
+
+
+NO_CONTEXT = VideoContext()
+
+
+@dataclass(frozen=True, eq=False)
+class VisualTokens:
+    """The visual tokens that entered the LLM, and which of them are active; only the cache writes.
+
+    V is the largest number of them in a sample; token v of a sample is its v-th in raster order,
+    over all its videos.
+
+    Attributes
+    ----------
+    valid : Tensor, bool, (B, V): False for padding.
+    counts : Tensor, long, (B,): how many tokens a decode step attends to.
+    active : Tensor, bool, (B, V): the tokens that it attends to now.
+    previous : Tensor or None, (B, V): attention in the step before.
+    """
+
+    valid: Tensor
+    counts: Tensor
+    active: Tensor
+    previous: Tensor | None = None
 
 
 class Method(ABC):
@@ -22,12 +72,14 @@ class Method(ABC):
     prune_layer : the first decoder layer that this holds for.
     positions : "original" or "compact", see `DyCoke`.
     needs_vision : whether `merge_tokens` wants the vision encoder's scores and keys.
+    drops : whether it drops tokens inside the LLM, see `drop_layer`.
     """
 
     prune_ratio: float = 0.0
     prune_layer: int = 1
     positions: str = "original"
     needs_vision: ClassVar[bool] = False
+    drops: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -38,13 +90,15 @@ class Method(ABC):
     def to_dict(self) -> dict[str, Any]:
         """The settings, ready for JSON."""
 
-    def merge_tokens(self, features: Tensor, clip: Clip = CLIP) -> tuple[Tensor, Tensor]:
+    def merge_tokens(
+        self, features: Tensor, context: VideoContext = NO_CONTEXT
+    ) -> tuple[Tensor, Tensor]:
         """Before the LLM: which visual tokens of a video enter it.
 
         Parameters
         ----------
         features : Tensor, shape (F, N, D)
-        clip : Clip
+        context : VideoContext
             What else is known of the video.
 
         Returns
@@ -56,7 +110,10 @@ class Method(ABC):
         return features, torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
 
     def drop_layer(self, layers: int) -> int | None:
-        """The first decoder layer of ``layers`` without the tokens that are dropped inside."""
+        """The first decoder layer of ``layers`` without the tokens that are dropped inside.
+
+        None where none are, or, asked of a method that ``drops``, where its settings keep all.
+        """
         return None
 
     def drop_tokens(self, scores: Tensor, states: Tensor, below: float) -> tuple[Tensor, Tensor]:
@@ -81,14 +138,14 @@ class Method(ABC):
         """
         return states, torch.ones_like(scores, dtype=torch.bool)
 
-    def select_tokens(self, scores: Tensor, visual: Visual) -> tuple[Tensor, Tensor]:
+    def select_tokens(self, scores: Tensor, visual: VisualTokens) -> tuple[Tensor, Tensor]:
         """At a decode step: which visual tokens it attends to.
 
         Parameters
         ----------
         scores : Tensor, shape (B, V)
-            Attention of the newest token in layer ``prune_layer - 1``; 0 for padding.
-        visual : Visual
+            Attention of the newest token in the scoring layer; 0 for padding.
+        visual : VisualTokens
             Counts, the active set, and the attention of the step before.
 
         Returns

@@ -7,14 +7,13 @@ itself. Such layers stay as they are, over the shortened prompt.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
+from dycoke.core.method import Method
 from dycoke.errors import UnsupportedError
 
-if TYPE_CHECKING:
-    from dycoke.method import Method
-
 FULL = "full_attention"
+Kind = Literal["none", "select", "drop"]
 KNOWN = (FULL, "sliding_attention", "linear_attention")
 
 
@@ -24,21 +23,21 @@ class LayerPlan:
 
     Attributes
     ----------
+    kind : "none", "select" or "drop"
+        Whether the layers of ``upper`` have no rows of their own, attend to a selection of the
+        visual rows while decoding, or lost rows at prefill.
     scoring : int or None
         The layer whose attention decides; it attends to everything. None where none has to.
     upper : frozenset of int
-        Layers above it whose rows are not those of the layers below: they attend to a selection
-        while decoding, or lost rows at prefill.
-    drop : int or None
-        The first layer that goes on without the rows dropped at prefill.
-    below : float or None
-        Share of the layers that hold all rows, where some are dropped.
+        Layers above it whose rows are not those of the layers below, the lower ones.
+    below : float
+        Share of the layers that hold every visual row which entered the LLM.
     """
 
+    kind: Kind
     scoring: int | None
     upper: frozenset[int]
-    drop: int | None = None
-    below: float | None = None
+    below: float = 1.0
 
 
 def layer_types(config: Any) -> list[str]:
@@ -84,8 +83,10 @@ def plan_layers(config: Any, method: Method, levels: int, trace: bool) -> LayerP
     if prunes:
         _check_pruned(types, method.prune_layer, last)
     upper = frozenset(i for i in full if scoring < min(i, last) and i >= method.prune_layer)
-    scores = sources and (prunes or trace)
-    return LayerPlan(scoring if scores else None, upper if prunes else frozenset())
+    scores = sources and trace
+    if prunes:
+        return LayerPlan("select", scoring, upper)
+    return LayerPlan("none", scoring if scores else None, frozenset())
 
 
 def _dropping(config: Any, name: str, types: list[str], drop: int, prunes: bool) -> LayerPlan:
@@ -105,7 +106,7 @@ def _dropping(config: Any, name: str, types: list[str], drop: int, prunes: bool)
             f"{name} drops tokens in front of layer {drop}, and the decoder has {len(types)} "
             "layers: it needs one below and one above"
         )
-    return LayerPlan(drop - 1, frozenset(range(drop, len(types))), drop, drop / len(types))
+    return LayerPlan("drop", drop - 1, frozenset(range(drop, len(types))), drop / len(types))
 
 
 def _check(config: Any, types: list[str]) -> None:

@@ -4,27 +4,52 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from dycoke.cache_rules import check_cache
+from dycoke.core.cache import Generation
+from dycoke.core.cache_rules import check_cache
+from dycoke.core.layers import FULL, layer_types
+from dycoke.core.method import Method
 from dycoke.errors import UnsupportedError
-from dycoke.layers import FULL, layer_types
-from dycoke.method import Method
 
 
-def check_model(model: Any) -> None:
-    for name in ("get_decoder", "config", "base_model"):
-        if not hasattr(model, name):
-            raise TypeError(
-                f"expected a transformers model, got {type(model).__name__} without .{name}"
-            )
+def transformers_model(given: Any) -> Any:
+    """The transformers model that ``given`` is, or wraps; hooks belong on that one.
+
+    A wrapper (PEFT, DistributedDataParallel, a module of one's own) calls it, so that what is
+    hooked inside is what runs.
+    """
+    if isinstance(given, PreTrainedModel):
+        return given
+    found = _outermost(given, "") if isinstance(given, nn.Module) else []
+    if not found:
+        raise TypeError(
+            f"expected a transformers model, got {type(given).__name__}; pass the model itself "
+            "(of a pipeline or an assistant, its .model)"
+        )
+    if len(found) > 1:
+        models = ", ".join(f".{path} ({type(model).__name__})" for path, model in found)
+        raise TypeError(
+            f"expected a transformers model, and {type(given).__name__} wraps {len(found)}: "
+            f"{models}; pass the one that generates"
+        )
+    return found[0][1]
+
+
+def _outermost(module: nn.Module, path: str) -> list[tuple[str, Any]]:
+    """The transformers models in a module that are not part of another one."""
+    if isinstance(module, PreTrainedModel):
+        return [(path.strip("."), module)]
+    parts = (_outermost(part, f"{path}.{name}") for name, part in module.named_children())
+    return [model for models in parts for model in models]
 
 
 def check_settings(model: Any, method: Method, rope: str | None) -> None:
     if method.positions == "compact" and rope == "3-D":
         raise UnsupportedError(
-            f"positions='compact' renumbers 1-D positions, and {model.base_model.config.model_type} "
-            "has 3-D ones; use positions='original'"
+            "positions='compact' renumbers 1-D positions, and "
+            f"{model.base_model.config.model_type} has 3-D ones; use positions='original'"
         )
     if model.get_decoder().config._attn_implementation == "flex_attention":
         raise UnsupportedError(
@@ -33,23 +58,21 @@ def check_settings(model: Any, method: Method, rope: str | None) -> None:
         )
 
 
-def check_attention(decoder: Any, before: str) -> None:
+def changed_attention(decoder: Any, before: str) -> UnsupportedError:
     """Overridden layers would go on with the old implementation, in any forward."""
-    now = decoder.config._attn_implementation
-    if now != before:
-        raise UnsupportedError(
-            f"the attention implementation changed from {before!r} to {now!r} "
-            "inside the context; change it before entering"
-        )
+    return UnsupportedError(
+        f"the attention implementation changed from {before!r} to "
+        f"{decoder.config._attn_implementation!r} inside the context; change it before entering"
+    )
 
 
-def checked_cache(inputs: dict[str, Any], decoder: Any, method: Method, drops: bool) -> Any:
+def checked_cache(
+    cache: Any, use_cache: bool | None, decoder: Any, method: Method, drops: bool
+) -> Any:
     """The empty cache to take over; None where one has yet to be made; False without one."""
-    cache = inputs.get("past_key_values")
     if cache is not None:
         check_cache(cache)
         return cache
-    use_cache = inputs.get("use_cache")
     if decoder.config.use_cache if use_cache is None else use_cache:
         return None
     if method.prune_ratio > 0:
@@ -80,12 +103,13 @@ def checked_mask(mask: Any, given: dict[str, Any] | None) -> Tensor | None:
     return mask
 
 
-def check_go_on(cache: Any, method: Method, mask: Tensor | None, new: int, config: Any) -> None:
+def check_go_on(
+    generation: Generation, method: Method, mask: Tensor | None, new: int, config: Any
+) -> None:
     """A cache goes on under equal settings, with a mask over prompt and answer."""
-    generation = cache.generation
-    if generation.owner != method:
+    if generation.method != method:
         raise UnsupportedError(
-            f"this cache was made with {generation.owner} and cannot go on with {method}"
+            f"this cache was made with {generation.method} and cannot go on with {method}"
         )
     total = generation.length + new
     if mask is not None and mask.shape[1] != total:
@@ -93,9 +117,10 @@ def check_go_on(cache: Any, method: Method, mask: Tensor | None, new: int, confi
             f"attention_mask covers {mask.shape[1]} tokens where prompt and answer have {total}"
         )
     # Padding between a cached prompt and new tokens: only full attention can look past it.
-    if new > 1 and mask is not None and set(layer_types(config)) != {FULL}:
-        if not mask[:, -new:].all():
-            raise UnsupportedError(
-                "padding between a cached prompt and its question: layers with linear attention or "
-                "a window take it for tokens; ask questions of one length together, or one by one"
-            )
+    if new == 1 or mask is None or set(layer_types(config)) == {FULL}:
+        return
+    if not mask[:, -new:].all():
+        raise UnsupportedError(
+            "padding between a cached prompt and its question: layers with linear attention or "
+            "a window take it for tokens; ask questions of one length together, or one by one"
+        )

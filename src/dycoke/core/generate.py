@@ -1,21 +1,25 @@
-"""What `generate` asks of the model object itself, answered for caches of ours; given back after."""
+"""What `generate` asks of the model object itself, answered for caches of ours."""
 
 from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from dycoke.cache import DycokeCache
+from dycoke.compat import BATCHING, CANDIDATES, POSITIONS, cache_of
+from dycoke.core.cache_rules import DycokeCache
+from dycoke.core.records import Records
 from dycoke.errors import UnsupportedError
+from dycoke.patching import Patches
 
-# Called by generate on the model: once per call, before the first forward (positions of the whole
-# prompt); before assisted or prompt-lookup decoding; by generate_batch and its managers.
-POSITIONS = "_prepare_position_ids_for_generation"
-CANDIDATES = "_get_candidate_generator"
-BATCHING = "init_continuous_batching"
+
+class _Local(threading.local):
+    """A thread's own: whether its generate checks several candidates in one forward."""
+
+    speculative: bool = False
 
 
 class GenerateHooks:
@@ -23,40 +27,64 @@ class GenerateHooks:
 
     Parameters
     ----------
+    patches : where the replaced methods are written down, to be given back.
+    model : the transformers model.
+    given : what the user passed, which may wrap it.
+    records : is told of each call of generate.
+    idle : whether the method compresses nothing, so that generate may do whatever it can.
     chooses : whether the method attends to a part of the video, so that checking several
         candidates at once would give another answer.
     """
 
-    def __init__(self, model: Any, idle: bool, chooses: bool) -> None:
-        self._model, self._chooses, self._local = model, chooses, threading.local()
+    def __init__(
+        self,
+        patches: Patches,
+        model: Any,
+        given: Any,
+        records: Records,
+        idle: bool,
+        chooses: bool,
+    ) -> None:
+        self._records, self._chooses, self._local = records, chooses, _Local()
+        if not hasattr(type(model), "generate"):  # a bare base model
+            return
         for name, make in ((POSITIONS, self._positions), (CANDIDATES, self._candidates)):
-            if (inner := getattr(model, name, None)) is not None:
-                setattr(model, name, functools.wraps(inner)(make(inner)))
+            inner = getattr(model, name)
+            patches.replace(model, name, functools.wraps(inner)(make(inner)))
         if not idle and hasattr(model, BATCHING):
-            setattr(model, BATCHING, _refuse_batching)
+            patches.replace(model, BATCHING, _refuse_batching)
+        for module in {id(m): m for m in (model, given)}.values():
+            if callable(inner := getattr(module, "generate", None)):
+                who = type(module).__name__
+                patches.replace(module, "generate", functools.wraps(inner)(self._call(inner, who)))
 
     @property
     def speculative(self) -> bool:
         """Whether this thread's generate checks several candidates in one forward."""
-        return getattr(self._local, "speculative", False)
+        return self._local.speculative
 
-    def restore(self) -> None:
-        for name in (POSITIONS, CANDIDATES, BATCHING):
-            vars(self._model).pop(name, None)
+    def _call(self, inner: Callable[..., Any], who: str) -> Callable[..., Any]:
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            before, self._local.speculative = self._local.speculative, False
+            try:
+                return self._records.call(functools.partial(inner, *args, **kwargs), who)
+            finally:
+                self._local.speculative = before
 
-    def _positions(self, inner: Any) -> Any:
+        return generate
+
+    def _positions(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         def prepare(inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
-            self._local.speculative = False
-            cache, mask = (model_kwargs.get(k) for k in ("past_key_values", "attention_mask"))
+            cache, mask = cache_of(model_kwargs), model_kwargs.get("attention_mask")
             if isinstance(cache, DycokeCache) and mask is not None:
                 ids = model_kwargs.get("input_ids")
                 cache.check_prompt(inputs_tensor if ids is None or not ids.numel() else ids, mask)
-            positions = positions_after(model_kwargs)
+            positions = positions_after(cache, model_kwargs)
             return inner(inputs_tensor, model_kwargs) if positions is None else positions
 
         return prepare
 
-    def _candidates(self, inner: Any) -> Any:
+    def _candidates(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         def candidates(*args: Any, **kwargs: Any) -> Any:
             if self._chooses:
                 raise UnsupportedError(
@@ -78,12 +106,12 @@ def _refuse_batching(*args: Any, **kwargs: Any) -> Any:
     )
 
 
-def positions_after(inputs: dict[str, Any]) -> Tensor | None:
+def positions_after(cache: Any, inputs: dict[str, Any]) -> Tensor | None:
     """Positions of prompt and text that goes on with a cache of ours; else None.
 
     Images that come later have positions of their own, which transformers works out.
     """
-    cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+    mask = inputs.get("attention_mask")
     if not isinstance(cache, DycokeCache):
         return None
     if any(value is not None and "pixel" in name for name, value in inputs.items()):
@@ -93,14 +121,14 @@ def positions_after(inputs: dict[str, Any]) -> Tensor | None:
         return None
     cached = cache.generation.length
     length = cached + given.shape[1] if mask is None else given.shape[1]
-    return cache.generation.lead.positions(mask, length, length - cached, len(given))
+    return cache.generation.offset.positions(mask, length, length - cached, len(given))
 
 
-def place(inputs: dict[str, Any]) -> None:
-    """State the positions of a bare forward that goes on with a cache of ours."""
+def state_positions(cache: DycokeCache, inputs: dict[str, Any]) -> None:
+    """Give a bare forward that goes on with a cache of ours its positions, in place."""
     ids = inputs.get("input_ids")
     if ids is None or inputs.get("position_ids") is not None:
         return
-    if (positions := positions_after(inputs)) is not None:
+    if (positions := positions_after(cache, inputs)) is not None:
         positions = positions[..., -ids.shape[1] :]
         inputs["position_ids"] = positions.expand(3, -1, -1) if positions.ndim == 3 else positions

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Container
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +15,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from dycoke.core.cache import Generation, VideoCache, VideoLayer, map_tensors
 from dycoke.errors import UnsupportedError
-from dycoke.lead import Lead
-from dycoke.rows import RowMap, Visual
 
 # Layers that stay as they are. Shared keys and values have a dummy layer, in newer versions.
 STOCK = tuple(
@@ -27,68 +26,19 @@ STOCK = tuple(
 )
 
 
-@dataclass(eq=False)
-class Generation:
-    """What belongs to one generation and dies with its cache.
-
-    Attributes
-    ----------
-    owner : the settings that made the cache; equal settings may go on with it.
-    prompt : Tensor, long, (B, prompt_length): its token ids, -1 for padding.
-    prompt_length : tokens of the whole prompt at prefill, padding included.
-    length : logical tokens so far.
-    plain, pruned : row maps of the layers below `prune_layer` and from there on; where a method
-        drops rows inside the LLM, of the layers below that door and from there on.
-    visual : the visual tokens.
-    dropped : Tensor, long, (B,): tokens of each prompt that were merged away.
-    lead : how positions go on after the prompt.
-    tally : what the report is made from; belongs to the engine.
-    step : the decoder forward that runs now; rows may be added only inside one.
-    newest : tokens of the last forward.
-    """
-
-    owner: Any
-    prompt: Tensor
-    prompt_length: int
-    length: int
-    plain: RowMap
-    pruned: RowMap
-    visual: Visual
-    dropped: Tensor
-    lead: Lead
-    tally: Any = None
-    step: Any = None
-    newest: int = 1
-
-    @property
-    def prunes(self) -> bool:
-        """Whether decode steps attend to a selection; rows that were dropped leave no choice."""
-        return self.pruned.order is not None
-
-
-class CacheRules(DynamicCache):
-    """A `DynamicCache` that knows its generation."""
-
-    generation: Generation
-
-    def _check_open(self) -> None:
-        if self.generation.step is None:
-            raise UnsupportedError(
-                "this cache was made by DyCoke and its rows are not in prompt order; go on with it "
-                "inside the `with` block of the same settings (or use dycoke.apply), or start "
-                "with a new cache"
-            )
+class DycokeCache(VideoCache):
+    """The `DynamicCache` that generate made, grown into one with rows that move (`adopt`)."""
 
     @property
     def is_croppable(self) -> bool:
         # A step that is undone may have changed the selection.
-        return not self.generation.prunes and super().is_croppable
+        return self.generation.kind != "select" and super().is_croppable
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens: as a stock cache, a negative number, or 0."""
         generation = self.generation
         count = -int(tokens_to_remove)
-        if generation.pruned is not generation.plain and 0 < count < generation.newest:
+        if generation.kind != "none" and 0 < count < generation.newest:
             raise UnsupportedError(
                 f"forgetting {count} of the {generation.newest} tokens that came at once is "
                 "what assisted and prompt-lookup decoding do, and with prune_ratio > 0 the answer "
@@ -105,7 +55,7 @@ class CacheRules(DynamicCache):
             self._crop_prompt(generation.prompt_length - left)
         generation.length = left
         if count:
-            generation.visual.previous = None
+            generation.visual = replace(generation.visual, previous=None)
         for layer in self.layers:
             # Layers that record what they would forget wait for a crop, be it by nothing.
             if count or getattr(layer, "record_past", False):
@@ -134,16 +84,17 @@ class CacheRules(DynamicCache):
         """Shorten the row maps by the prompt's last tokens, if those are rows of their own."""
         generation = self.generation
         left = generation.prompt_length - count
-        for rows in {id(r): r for r in (generation.plain, generation.pruned)}.values():
-            tail = torch.arange(left, left + count, device=rows.index.device)
+        tail = torch.arange(left, left + count, device=generation.lower.index.device)
+        for rows in (generation.lower, generation.upper):
             if left <= 0 or not (rows.index[:, -count:] == tail).all():
                 raise UnsupportedError(
                     f"cannot crop to {left} of the prompt's {generation.prompt_length} tokens: "
                     "that reaches into the video; crop less, or prefill anew"
                 )
-            rows.index = rows.index[:, :-count]
-            if rows.order is not None:
-                rows.order = rows.order[:, :-count]
+        for name in ("lower", "upper"):
+            rows = getattr(generation, name)
+            order = None if rows.order is None else rows.order[:, :-count]
+            setattr(generation, name, replace(rows, index=rows.index[:, :-count], order=order))
         generation.prompt_length, generation.prompt = left, generation.prompt[:, :left]
 
     def check_prompt(self, ids: Tensor, mask: Tensor) -> None:
@@ -170,20 +121,21 @@ class CacheRules(DynamicCache):
 
     def _map_batch(self, pick: Callable[[Tensor], Tensor]) -> None:
         generation = self.generation
-        maps = {id(rows): rows.map_batch(pick) for rows in (generation.plain, generation.pruned)}
+        generation.record.map_batch(pick)
+        for name, value in vars(generation).items():
+            if name != "record":
+                setattr(generation, name, map_tensors(value, pick))
         for layer in self.layers:
-            if hasattr(layer, "map_batch"):
-                layer.map_batch(pick)
-                layer.rows = maps[id(layer.rows)]
+            if isinstance(layer, VideoLayer):
+                layer.buffers = map_tensors(layer.buffers, lambda x: pick(x).contiguous())
+                if layer.is_initialized:
+                    layer.set_length(layer.length)
             else:
-                _map_stock(layer, pick)
-        generation.plain = maps[id(generation.plain)]
-        generation.pruned = maps[id(generation.pruned)]
-        generation.visual.map_batch(pick)
-        generation.dropped = pick(generation.dropped)
-        generation.prompt = pick(generation.prompt)
-        generation.lead.map_batch(pick)
-        generation.tally.map_batch(pick)
+                # Rows and states. Stock layers reorder by themselves, but linear ones do not copy.
+                for name, value in vars(layer).items():
+                    held = map_tensors(value, lambda x: pick(x) if x.ndim > 2 else x)
+                    setattr(layer, name, held)
+        generation.grown = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -222,15 +174,20 @@ def check_cache(cache: Any) -> None:
         )
 
 
-def _map_stock(layer: Any, pick: Callable[[Tensor], Tensor]) -> None:
-    """Follow beams and copies in a layer of transformers: rows, and states of linear attention.
+def adopt(
+    cache: DynamicCache, generation: Generation, upper: Container[int], layers: int
+) -> DycokeCache:
+    """Turn an empty `DynamicCache` into ours, in place: generate holds a reference to it.
 
-    Stock layers reorder by themselves, but linear ones do not copy.
+    ``upper`` are the layers with rows of their own. A cache made without a config has no layers
+    yet; it gets ``layers`` of them.
     """
-    for name, value in vars(layer).items():
-        if isinstance(value, Tensor) and value.ndim > 2:
-            setattr(layer, name, pick(value))
-        elif isinstance(value, dict):
-            for key, state in value.items():
-                if isinstance(state, Tensor):
-                    value[key] = pick(state)
+    cache.layers = [
+        VideoLayer(generation, i in upper) if type(layer) is DynamicLayer else layer
+        for i, layer in enumerate(cache.layers or [DynamicLayer() for _ in range(layers)])
+    ]
+    cache.layer_class_to_replicate = None
+    cache.__class__ = DycokeCache
+    adopted: Any = cache
+    adopted.generation = generation
+    return adopted  # type: ignore[no-any-return]

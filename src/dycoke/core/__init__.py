@@ -1,0 +1,1 @@
+"""What runs under ``generate()``. Read `method`, `layers`, `cache`, `engine`, in this order."""

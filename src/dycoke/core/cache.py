@@ -1,0 +1,331 @@
+"""The KV cache of one generation: every row once, in the order that decoding wants.
+
+An upper layer (`LayerPlan.upper`) that attends to a selection keeps, per sample, right-aligned::
+
+    [ padding | bank | active | text and generated tokens ]
+
+so that a decode step attends to one contiguous view, from the first active row on. Changing the
+selection exchanges rows in place. The lower layers keep their rows in prompt order; layers with a
+sliding window or linear attention stay what transformers made them. RoPE is in the keys already,
+so the order of rows does not matter to attention.
+
+To the outside (`generate` slices follow-up prompts by it) the cache has its *logical* length, the
+tokens of the whole prompt and of the answer. To the masks it has its *physical* length, the rows
+that are really there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from dycoke.core.layers import Kind
+from dycoke.core.method import Method, VisualTokens
+from dycoke.core.positions import PositionOffset
+from dycoke.core.records import Record
+from dycoke.errors import UnsupportedError
+from dycoke.selection import swap_pairs
+
+ROOM = 64  # rows allocated ahead, so that a token costs no copy of the whole buffer
+
+
+@dataclass(frozen=True, eq=False)
+class RowMap:
+    """Which prompt token each prefilled row of some layers holds.
+
+    Attributes
+    ----------
+    index : Tensor, long, (B, R): position in the prompt, -1 for padding that only aligns samples.
+    first : Tensor, long, (B,): the first row that a decode step attends to.
+    start : int: the smallest of them; one view serves the whole batch.
+    order : Tensor, long, (B, R), or None: where each row stood at prefill; None for prompt order.
+    padded, uneven : whether there is any -1, and whether samples start at different rows.
+    """
+
+    index: Tensor
+    first: Tensor
+    start: int
+    order: Tensor | None = None
+    padded: bool = False
+    uneven: bool = False
+
+    def key_mask(
+        self, attention_mask: Tensor | None, length: int, device: torch.device, decode: bool
+    ) -> Tensor | None:
+        """Which keys may be seen: bool (B, T), or None where all may.
+
+        Parameters
+        ----------
+        attention_mask : Tensor, shape (B, logical length), or None
+            The user's mask over prompt and answer.
+        length : int
+            Rows in the layer, prefilled and later ones.
+        decode : bool
+            True for the view that a decode step takes, False for all rows.
+        """
+        start = self.start if decode else 0
+        if attention_mask is None and not (self.uneven if decode else self.padded):
+            return None
+        index = self.index.to(device)
+        rows = index.shape[1]
+        seen = index >= 0
+        if decode:
+            places = torch.arange(rows, device=device)
+            seen = seen & (places >= self.first.to(device)[:, None])
+        if attention_mask is None:
+            later = torch.ones(len(index), length - rows, dtype=torch.bool, device=device)
+        else:
+            attention_mask = attention_mask.to(device=device, dtype=torch.bool)
+            seen = seen & attention_mask.gather(1, index.clamp(min=0))
+            later = attention_mask[:, attention_mask.shape[1] - (length - rows) :]
+        return torch.cat([seen[:, start:], later], dim=1)
+
+
+@dataclass(eq=False)
+class Generation:
+    """What belongs to one generation and dies with its cache.
+
+    Attributes
+    ----------
+    method : the settings that made the cache; equal settings may go on with it.
+    kind : what its upper layers do, as in `LayerPlan`.
+    prompt : Tensor, long, (B, prompt_length): its token ids, -1 for padding.
+    prompt_length : tokens of the whole prompt at prefill, padding included.
+    length : logical tokens so far.
+    lower, upper : row maps of the lower and of the upper layers.
+    visual : the visual tokens, as methods see them.
+    lower_rows, upper_rows : Tensor, long, (B, V): the row of each visual token; 0 for padding.
+    dropped : Tensor, long, (B,): tokens of each prompt that were merged away.
+    offset : how positions go on after the prompt.
+    record : what the report is made from.
+    newest : tokens of the last forward.
+    open : whether a decoder forward runs now; rows may be added only inside one.
+    grown : whether buffers changed since they were last measured.
+    """
+
+    method: Method
+    kind: Kind
+    prompt: Tensor
+    prompt_length: int
+    length: int
+    lower: RowMap
+    upper: RowMap
+    visual: VisualTokens
+    lower_rows: Tensor
+    upper_rows: Tensor
+    dropped: Tensor
+    offset: PositionOffset
+    record: Record
+    newest: int = 1
+    open: bool = False
+    grown: bool = True
+
+
+class VideoLayer(DynamicLayer):
+    """One decoder layer's keys and values, in a buffer with room to grow.
+
+    ``keys`` and ``values`` are views of the filled part, (B, heads, T, D).
+    """
+
+    def __init__(self, generation: Generation, upper: bool) -> None:
+        super().__init__()
+        self.generation, self.upper = generation, upper
+        self.length = 0
+        self.is_initialized = False
+        self.buffers: list[Tensor] = []  # keys, values: (B, heads, capacity, D)
+
+    @property
+    def rows(self) -> RowMap:
+        return self.generation.upper if self.upper else self.generation.lower
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        new, prefill = (key_states, value_states), not self.is_initialized
+        count, rows = key_states.shape[2], self.rows
+        if prefill:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.is_initialized = True
+        if prefill or self.length + count > self.buffers[0].shape[2]:
+            self._grow(new, self.length + count + ROOM)
+        self._make_writable()
+        for buffer, states in zip(self.buffers, new, strict=True):
+            if prefill and rows.order is not None:
+                order = rows.order.to(states.device)[:, None, :, None]
+                states = states.gather(2, order.expand_as(states))
+            buffer[:, :, self.length : self.length + count] = states
+        self.set_length(self.length + count)
+        if prefill:
+            return new
+        start = rows.start if count == 1 else 0
+        return self.keys[:, :, start:], self.values[:, :, start:]
+
+    def _grow(self, like: tuple[Tensor, Tensor], capacity: int) -> None:
+        grown = []
+        for i, states in enumerate(like):
+            batch, heads, _, width = states.shape
+            grown.append(states.new_empty(batch, heads, capacity, width))
+            if self.length:
+                grown[i][:, :, : self.length] = self.buffers[i][:, :, : self.length]
+        self.buffers, self.generation.grown = grown, True
+
+    def _make_writable(self) -> None:
+        # Rows made under torch.inference_mode() cannot be written outside of it.
+        if self.buffers[0].is_inference() and not torch.is_inference_mode_enabled():
+            self.buffers = [buffer.clone() for buffer in self.buffers]
+            self.set_length(self.length)
+
+    def set_length(self, length: int) -> None:
+        """Show the first ``length`` rows of the buffers."""
+        self.length = length
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+
+    def exchange(self, first: Tensor, second: Tensor) -> None:
+        """Exchange rows ``first[b, i]`` and ``second[b, i]`` of sample b, all at once."""
+        self._make_writable()
+        batch, heads, capacity, _ = self.buffers[0].shape
+        # As rows of one long table, the exchange copies whole rows, several times faster than
+        # gather and scatter, which go element by element.
+        table = torch.arange(batch * heads, device=self.device).view(batch, heads, 1) * capacity
+        to = (table + torch.cat([first, second], dim=1).to(self.device)[:, None]).flatten()
+        source = (table + torch.cat([second, first], dim=1).to(self.device)[:, None]).flatten()
+        for buffer in self.buffers:
+            rows = buffer.view(-1, buffer.shape[3])
+            rows.index_copy_(0, to, rows.index_select(0, source))
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        # The new end is below every row that `exchange` may move: the cache has checked that.
+        if self.is_initialized:
+            self.set_length(self.length - abs(int(tokens_to_remove)))
+
+    def reset(self) -> None:
+        raise UnsupportedError("a DyCoke cache cannot be reset; pass a new DynamicCache()")
+
+    def offload(self) -> None:
+        raise UnsupportedError("a DyCoke cache cannot be offloaded; pass no cache_implementation")
+
+    prefetch = offload
+
+
+class VideoCache(DynamicCache):
+    """Rows of one generation that are added, viewed and exchanged.
+
+    What else a cache is asked, to forget, to follow beams, is in `cache_rules`.
+    """
+
+    generation: Generation
+
+    def _check_open(self) -> None:
+        if not self.generation.open:
+            raise UnsupportedError(
+                "this cache was made by DyCoke and its rows are not in prompt order; go on with it "
+                "inside the `with` block of the same settings (or use dycoke.apply), or start "
+                "with a new cache"
+            )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self._check_open()
+        rows: tuple[Tensor, Tensor] = self.layers[layer_idx].update(key_states, value_states)
+        return rows
+
+    # A linear layer asks first whether it has a state (5.17 so, later versions by the second).
+    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
+        self._check_open()
+        known: bool = super().has_previous_state(*args, **kwargs)
+        return known
+
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        self._check_open()
+        state: Tensor | None = super().get_conv_state(*args, **kwargs)
+        return state
+
+    @property
+    def has_stock_layers(self) -> bool:
+        """Whether some layers stay what transformers made them, and grow by themselves."""
+        return not all(isinstance(layer, VideoLayer) for layer in self.layers)
+
+    @property
+    def row_count(self) -> int:
+        """The rows that are really there: text, generated and kept visual tokens."""
+        layer = next(layer for layer in self.layers if isinstance(layer, DynamicLayer))
+        return int(layer.get_seq_length())
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.generation.length
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        # Masks place the new queries by it: with the logical length they would see the future.
+        return self.row_count
+
+    def begin(self, new: int, decode: bool) -> None:
+        """A forward of ``new`` tokens starts; ``decode`` where it goes on with an answer."""
+        generation = self.generation
+        generation.newest = new
+        if new > 1 and generation.visual.previous is not None:
+            # What follows selects anew.
+            generation.visual = replace(generation.visual, previous=None)
+        generation.offset.step(decode)
+
+    def select(self, chosen: Tensor) -> Tensor:
+        """Make ``chosen``, bool (B, V), the active set; returns how many came from the bank, (B,).
+
+        Exchanges rows in every upper layer.
+        """
+        generation, active = self.generation, self.generation.visual.active
+        recalled = (chosen & ~active).sum(1)
+        pairs = swap_pairs(active, chosen)
+        if pairs is None:
+            return recalled
+        slots, rows = generation.upper_rows, generation.upper
+        leaving, entering = pairs
+        first, second = slots.gather(1, leaving), slots.gather(1, entering)
+        for layer in self.layers:
+            if isinstance(layer, VideoLayer) and layer.upper:
+                layer.exchange(first, second)
+        slots = slots.scatter(1, leaving, second)
+        generation.upper_rows = slots.scatter(1, entering, first)
+        index = rows.index.scatter(1, first, rows.index.gather(1, second))
+        index = index.scatter(1, second, rows.index.gather(1, first))
+        generation.upper = replace(rows, index=index)
+        generation.visual = replace(generation.visual, active=chosen)
+        generation.record.attended = chosen.sum(1)
+        return recalled
+
+    def note(self, scores: Tensor) -> None:
+        """Remember this step's attention to the visual tokens, (B, V), for the next one."""
+        self.generation.visual = replace(self.generation.visual, previous=scores)
+
+    def drop(self, rows: RowMap, active: Tensor) -> None:
+        """At prefill: the upper layers hold ``rows``, and of the visual tokens ``active``."""
+        generation, counts = self.generation, active.sum(1)
+        generation.upper = rows
+        generation.visual = replace(generation.visual, active=active, counts=counts)
+        generation.record.attended = counts
+
+
+def map_tensors(value: Any, pick: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with ``pick`` applied to every tensor in it; each has a row per sample.
+
+    Lists, dictionaries and dataclasses are followed; these are made anew.
+    """
+    if isinstance(value, Tensor):
+        return pick(value)
+    if isinstance(value, list | tuple):
+        return type(value)(map_tensors(item, pick) for item in value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, pick) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type | Method):
+        held = {f.name: map_tensors(getattr(value, f.name), pick) for f in fields(value)}
+        return replace(value, **held)
+    return value

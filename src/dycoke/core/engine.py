@@ -1,0 +1,460 @@
+"""The hooks that compress under an untouched ``generate()``, in the order of events.
+
+Prefill: the base model's hook finds the video tokens of the prompt (`_on_prompt`). The decoder's
+hook drops the merged rows and grows generate's cache into ours (`_enter`, `_prefill`); where a
+method drops rows inside, the first upper layer's hook asks it (`_drop`).
+
+A decode step: the decoder's hook makes masks and positions fit the rows (`_enter`, `_go_on`). The
+attention of the scoring layer says how much the newest token looks at each visual token, the
+method chooses, and rows are exchanged (`_score`, `_select`). The upper layers attend to their
+active rows (`_attend`). The step is counted (`_leave`).
+
+Nothing here knows a model family (`models`) or a formula (`merging`, `selection`).
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from dycoke import compat
+from dycoke.attention import Override, attention_of, native_mask, query_scores
+from dycoke.core import guards
+from dycoke.core.cache import Generation
+from dycoke.core.cache_rules import DycokeCache, adopt, prompt_of
+from dycoke.core.drop import drop_rows, last_token_scores, shorten_layer
+from dycoke.core.generate import GenerateHooks, state_positions
+from dycoke.core.layers import plan_layers
+from dycoke.core.method import Method
+from dycoke.core.positions import offset_after
+from dycoke.core.prefill import contexts_of, shorten
+from dycoke.core.records import IDLE, Record, Records
+from dycoke.errors import UnsupportedError
+from dycoke.finder import Finder, Frames
+from dycoke.models import Layout, Masks, VideoSpan
+from dycoke.patching import Patches
+from dycoke.vision import Vision
+
+# Models that an engine is on, by their decoder; one engine at a time. The model's hooks keep the
+# engine alive, so that both go when the model goes.
+_ENGAGED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Engine]] = weakref.WeakKeyDictionary()
+_INSTALLING = threading.Lock()
+
+
+def engine_of(model: Any) -> Engine | None:
+    """The engine that is on this model now, if any."""
+    engine = _ENGAGED.get(guards.transformers_model(model).get_decoder())
+    return None if engine is None else engine()
+
+
+@dataclass(eq=False)
+class Forward:
+    """One forward of the model, from its first hook to its last.
+
+    Attributes
+    ----------
+    labels : whether labels were given.
+    inputs : what the base model received, by name.
+    videos, reason : the video tokens of the prompt, or why there is nothing to compress.
+    length : tokens that come into the decoder, before any are dropped.
+    cache, prefill : ours, where there is one; and whether it is new.
+    record, decode_step : where it is counted; and whether it counts as a decode step.
+    attention_mask : the user's, (B, logical length), or None.
+    lower_mask : which keys the lower layers may see, (B, rows), or None.
+    upper_masks : per device, what the upper layers hand to their attention function.
+    scores, source : where a method drops rows inside: attention of each prompt's last token,
+        (B, rows), and the rows that stayed, (B, rows left), once they are known.
+    reached : calls of overridden attention modules, to know that none went another way.
+    """
+
+    labels: bool = False
+    inputs: dict[str, Any] = field(default_factory=dict)
+    videos: list[VideoSpan] = field(default_factory=list)
+    reason: str | None = None
+    length: int = 0
+    cache: DycokeCache | None = None
+    prefill: bool = False
+    record: Record | None = None
+    decode_step: bool = False
+    attention_mask: Tensor | None = None
+    lower_mask: Tensor | None = None
+    upper_masks: dict[torch.device, Any] = field(default_factory=dict)
+    scores: Tensor | None = None
+    source: Tensor | None = None
+    reached: int = 0
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it takes the view of a decode step."""
+        return self.length == 1 and not self.prefill
+
+
+class _Local(threading.local):
+    """A thread's own: the forward of the model that it is in, from the first hook on."""
+
+    forward: Forward | None = None
+
+
+class Engine:
+    """One method on one model, from `install` to `remove`.
+
+    Forwards of the decoder are serialised: threads may share the model, each with its own
+    generation.
+    """
+
+    def __init__(
+        self,
+        given: Any,
+        method: Method,
+        trace: bool = False,
+        layout: Layout | None = None,
+        frames: Frames | None = None,
+    ) -> None:
+        self.given, self.method, self.trace = given, method, trace
+        self.model: Any = guards.transformers_model(given)
+        self.base: Any = self.model.base_model
+        self.decoder: Any = self.model.get_decoder()
+        self.finder = Finder(self.base.config, layout, frames)
+        self.masks: Masks | None = getattr(self.finder.family, "masks", None)
+        guards.check_settings(self.model, method, self.finder.rope)
+        compat.check_names(self.model, self.base, self.decoder)
+        self.cache_name = compat.cache_name(self.decoder)
+        vision = getattr(self.base.config, "vision_config", None)
+        levels = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+        self.layers = plan_layers(self.decoder.config, method, levels, trace)
+        self.implementation = self.decoder.config._attn_implementation
+        self.vision: Vision | None = None
+        if method.needs_vision and (trace or not method.idle):
+            self.vision = Vision(self.model, self.finder.family, self.finder.kinds)
+        self.records = Records(method, self.layers.below, trace)
+        self.running: Forward | None = None  # the decoder's forward; one at a time
+        self._local = _Local()
+        self._turn = threading.Lock()
+        self._owner: int | None = None
+        self._patches = Patches()
+        self._generate: GenerateHooks | None = None
+        self._overridden = 0
+
+    # Installing and removing
+
+    def install(self) -> None:
+        with _INSTALLING:
+            if engine_of(self.model) is not None:
+                raise UnsupportedError(
+                    "this model is compressed already; leave the other `with` block (or call "
+                    "dycoke.remove(model)) first"
+                )
+            _ENGAGED[self.decoder] = weakref.ref(self)
+        patches, plan = self._patches, self.layers
+        try:
+            for i, layer in enumerate(self.decoder.layers):
+                if i == plan.scoring or i in plan.upper:
+                    handler = self._score if i == plan.scoring else self._attend
+                    Override(patches, attention_of(layer), handler)
+                    self._overridden += 1
+                if plan.kind == "drop" and i in plan.upper:
+                    patches.hook(layer, self._drop)
+            if self.vision is not None:
+                self.vision.install(patches)
+            if self.model is not self.base:
+                patches.hook(self.model, self._on_call)
+            patches.hook(self.base, self._on_prompt, self._after_prompt)
+            patches.hook(self.decoder, self._enter, self._leave)
+            self._generate = GenerateHooks(
+                patches,
+                self.model,
+                self.given,
+                self.records,
+                self.method.idle,
+                plan.kind != "none",
+            )
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Restore the model completely, between two forwards. Harmless when called twice."""
+        self._acquire()
+        self._patches.undo()
+        if engine_of(self.model) is self:
+            del _ENGAGED[self.decoder]
+        self._release()
+
+    def _acquire(self) -> None:
+        """One decoder forward at a time. An interrupt may have left this thread's own lock."""
+        if self._owner == threading.get_ident():
+            self._release()
+        self._turn.acquire()
+        self._owner = threading.get_ident()
+
+    def _release(self) -> None:
+        if self._owner is not None:
+            self._owner = None
+            self.running = None
+            self._turn.release()
+
+    # The model's hooks: find the video tokens
+
+    def _on_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._local.forward = Forward(labels=named(module, args, kwargs).get("labels") is not None)
+
+    def _on_prompt(
+        self, module: Any, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]]:
+        forward = self._local.forward = self._local.forward or Forward()
+        forward.inputs = inputs = dict(named(module, args, kwargs))
+        cache = compat.cache_of(inputs)
+        try:
+            forward.videos, forward.reason = self.finder.videos(
+                module, inputs, cache, forward.labels, self._speculative
+            )
+        except UnsupportedError:
+            if not self.method.idle:  # plain generation may do whatever it can
+                raise
+        if isinstance(cache, DycokeCache):
+            state_positions(cache, inputs)
+        return (), inputs
+
+    @property
+    def _speculative(self) -> bool:
+        return self._generate is not None and self._generate.speculative
+
+    def _after_prompt(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._local.forward = None
+
+    # The decoder's hooks: drop rows, take over the cache, count
+
+    def _enter(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]]:
+        self._acquire()
+        forward = self._local.forward or Forward()
+        if self._overridden and self.decoder.config._attn_implementation != self.implementation:
+            raise guards.changed_attention(self.decoder, self.implementation)
+        inputs = dict(named(module, args, kwargs))
+        if inputs.get("inputs_embeds") is None:
+            raise compat.unknown(f"{type(module).__name__} was called without inputs_embeds")
+        cache, forward.length = compat.cache_of(inputs), inputs["inputs_embeds"].shape[1]
+        self.records.forward()
+        if isinstance(cache, DycokeCache):
+            self._go_on(forward, cache, inputs)
+        elif forward.videos and (self.trace or not self.method.idle):
+            self._prefill(forward, cache, inputs)
+        else:
+            self._watch(forward, cache, len(inputs["inputs_embeds"]))
+        if forward.cache is not None:
+            forward.cache.generation.open = True
+        self.running = forward
+        return (), inputs
+
+    def _prefill(self, forward: Forward, cache: Any, inputs: dict[str, Any]) -> None:
+        """Merge, shorten the prompt in ``inputs``, and take over the cache."""
+        method, plan, embeds = self.method, self.layers, inputs["inputs_embeds"]
+        cache = guards.checked_cache(
+            cache, inputs.get("use_cache"), self.decoder, method, plan.kind == "drop"
+        )
+        if cache is None:
+            cache = DynamicCache(config=self.decoder.config)
+        mask = guards.checked_mask(inputs.get("attention_mask"), forward.inputs)
+        inputs["attention_mask"] = forward.attention_mask = mask
+        offset = offset_after(inputs.get("position_ids"), mask, embeds)
+        seen = None if self.vision is None else self.vision.take(forward.videos, embeds.device)
+        contexts = contexts_of(forward.videos, seen)
+        rows, kept = shorten(inputs, forward.videos, method, cache is not False, contexts)
+        if plan.kind == "drop":
+            forward.lower_mask = rows.lower.key_mask(
+                mask, rows.source.shape[1], rows.source.device, decode=False
+            )
+        reason = IDLE if method.idle else None
+        record = None if cache else self.records.known(None, forward.length, False)
+        forward.decode_step = record is not None
+        if record is None:
+            record = self.records.start(cache or None, forward.videos, kept, len(embeds), reason)
+        record.attended, forward.record = rows.visual.active.sum(1), record
+        if cache is not False:
+            generation = Generation(
+                method=method,
+                kind=plan.kind,
+                prompt=prompt_of(forward.inputs["input_ids"], mask),
+                prompt_length=forward.length,
+                length=0,
+                lower=rows.lower,
+                upper=rows.upper,
+                visual=rows.visual,
+                lower_rows=rows.lower_rows,
+                upper_rows=rows.upper_rows,
+                dropped=rows.dropped[:, -1],
+                offset=offset,
+                record=record,
+            )
+            cache = adopt(cache, generation, plan.upper, len(self.decoder.layers))
+            inputs[self.cache_name] = forward.cache = cache
+            forward.prefill = True
+        if self.masks is not None:
+            made = self.masks(self.base.config, forward.inputs, inputs, rows.source)
+            inputs["attention_mask"] = inputs["attention_mask"] if made is None else made
+
+    def _go_on(self, forward: Forward, cache: DycokeCache, inputs: dict[str, Any]) -> None:
+        """A decode step, or the forward of a new turn, on a cache of ours."""
+        generation, device = cache.generation, inputs["inputs_embeds"].device
+        mask = guards.checked_mask(inputs.get("attention_mask"), forward.inputs)
+        guards.check_go_on(generation, self.method, mask, forward.length, self.decoder.config)
+        forward.cache, forward.attention_mask = cache, mask
+        forward.decode_step = forward.length == 1 or self._speculative
+        cache.begin(forward.length, forward.decode_step)
+        if not forward.decode_step:
+            generation.record = generation.record.next_turn()
+        forward.record = self.records.go_on(generation.record, cache)
+        rows = cache.row_count + forward.length
+        forward.lower_mask = generation.lower.key_mask(mask, rows, device, decode=False)
+        inputs["attention_mask"] = forward.lower_mask
+        if self.method.positions == "compact":
+            position_ids = inputs.get("position_ids")
+            if position_ids is None:
+                total = generation.length + forward.length
+                position_ids = torch.arange(generation.length, total, device=device)[None]
+            dropped = generation.dropped.to(position_ids.device)
+            inputs["position_ids"] = position_ids - dropped[:, None]
+
+    def _watch(self, forward: Forward, cache: Any, batch: int) -> None:
+        """A forward that stays untouched: only count it."""
+        several = self._speculative and not forward.videos
+        record = self.records.known(cache, forward.length, several)
+        forward.decode_step = record is not None
+        if record is None:
+            reason = forward.reason or IDLE
+            record = self.records.start(cache, forward.videos, None, batch, reason)
+        forward.record = record
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        forward = self.running
+        if forward is not None and forward.cache is not None:
+            forward.cache.generation.open = False
+        # After an exception there is no output, and nothing is counted.
+        if forward is not None and forward.record is not None and output is not None:
+            record, cache = forward.record, forward.cache
+            record.decode_steps += forward.decode_step
+            if cache is None:
+                made = compat.cache_of(output) if isinstance(output, dict) else None
+                self.records.measure(record, made, forward.length)
+            else:
+                self._check_taken(forward, cache)
+                cache.generation.length += forward.length
+                record.length = cache.generation.length
+                if cache.generation.grown or cache.has_stock_layers:
+                    record.measure(cache)
+                    cache.generation.grown = False
+        self._release()
+
+    def _check_taken(self, forward: Forward, cache: DycokeCache) -> None:
+        """Raise where the decoder went another way than through the cache and the overrides."""
+        if forward.prefill and cache.row_count != cache.generation.lower.index.shape[1]:
+            self._release()
+            raise compat.unknown(
+                f"{type(self.decoder).__name__} did not fill the cache that it was handed"
+            )
+        if forward.reached != self._overridden:
+            self._release()
+            raise compat.unknown(
+                f"{forward.reached} of {self._overridden} attention modules of "
+                f"{type(self.decoder).__name__} called the attention function of their config"
+            )
+
+    # Inside the decoder's layers: scores, rows that leave, masks that follow
+
+    def _score(self, inner: Any, module: nn.Module, args: list[Any], kwargs: Any) -> Any:
+        """The layer below the upper ones: its attention says which tokens they attend to."""
+        output, forward = inner(module, *args, **kwargs), self.running
+        if forward is not None and forward.cache is not None:
+            forward.reached += 1
+            query, keys, scaling, mask = args[0], args[1], kwargs.get("scaling"), forward.lower_mask
+            mask = mask if mask is None else mask.to(query.device)
+            if forward.decodes:
+                self._select(forward.cache, query_scores(query, keys, scaling, mask))
+            elif forward.prefill and self.layers.kind == "drop":
+                forward.scores = last_token_scores(query, keys, scaling, mask)
+        return output
+
+    def _select(self, cache: DycokeCache, attention: Tensor) -> None:
+        """Let the method choose the active set of this step, and exchange rows."""
+        generation = cache.generation
+        visual, record, rows = generation.visual, generation.record, generation.lower_rows
+        scores = attention.to(rows.device).gather(1, rows).masked_fill(~visual.valid, 0)
+        if generation.kind == "select":
+            chosen, refreshed = self.method.select_tokens(scores, visual)
+            recalled = cache.select(chosen)
+            if visual.previous is not None:
+                record.add(refreshed, recalled)
+        cache.note(scores)
+        if record.trace is not None:
+            record.trace.add(generation.visual, scores)
+
+    def _drop(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]] | None:
+        """An upper layer at prefill: the first drops rows, all go on without them."""
+        forward = self.running
+        if forward is None or forward.cache is None or not forward.prefill:
+            return None
+        inputs = dict(named(module, args, kwargs))
+        if forward.source is None:
+            if forward.scores is None:
+                raise compat.unknown("the scoring layer was not reached before the first upper one")
+            hidden, scores, below = inputs["hidden_states"], forward.scores, self.layers.below
+            inputs["hidden_states"], forward.source = drop_rows(
+                self.method, hidden, scores, forward.cache, below
+            )
+        shorten_layer(inputs, forward.source, forward.cache.generation.lower.index.shape[1])
+        return (), inputs
+
+    def _attend(self, inner: Any, module: nn.Module, args: list[Any], kwargs: Any) -> Any:
+        """The upper layers: the mask must follow their rows."""
+        forward = self.running
+        if forward is not None and forward.cache is not None:
+            forward.reached += 1
+            if not forward.prefill or forward.source is not None:
+                mask = self._upper_mask(forward, forward.cache, args[0])
+                if len(args) > 3:
+                    args[3] = mask
+                else:
+                    kwargs["attention_mask"] = mask
+        return inner(module, *args, **kwargs)
+
+    def _upper_mask(self, forward: Forward, cache: DycokeCache, query: Tensor) -> Any:
+        """What the attention function wants as a mask over an upper layer's rows."""
+        if query.device not in forward.upper_masks:
+            lower, upper = cache.generation.lower, cache.generation.upper
+            # Rows of prompt and answer, the new ones included: the layers below have them already.
+            total = upper.index.shape[1] + cache.row_count - lower.index.shape[1]
+            keys = upper.key_mask(forward.attention_mask, total, query.device, forward.decodes)
+            length = total - upper.start if forward.decodes else total
+            new = total if forward.prefill else forward.length
+            forward.upper_masks[query.device] = native_mask(
+                self.implementation, self.decoder.config, query, new, length, keys
+            )
+        mask = forward.upper_masks[query.device]
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            # Layers that share keys may be asked for the newest tokens only.
+            mask = mask[:, :, -query.shape[2] :]
+        return mask
+
+
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward by name, the cache by the newest one.
+
+    A user may pass the cache by its old name; hooks run before transformers renames it.
+    """
+    if not args and "past_key_values" not in kwargs:
+        return kwargs
+    names = compat.parameters(module)
+    inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+    if "past_key_values" in inputs and "past_key_values" not in names and "cache" in names:
+        old = inputs.pop("past_key_values")
+        inputs["cache"] = old if inputs.get("cache") is None else inputs["cache"]
+    return inputs

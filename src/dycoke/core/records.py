@@ -1,0 +1,342 @@
+"""The running counts of generations, read from what was really held, and the trace."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from dycoke.core.method import Method, VisualTokens
+from dycoke.models import VideoSpan
+from dycoke.report import Report, SampleReport, VideoReport, share
+
+IDLE = "the settings remove nothing: ratios of 0, or a token_budget of 1.0"
+
+
+@dataclass(eq=False)
+class SampleTrace:
+    """What one sample kept and attended to, on the CPU.
+
+    Attributes
+    ----------
+    keep : list of Tensor, bool, (F, N): per video, the tokens that merging left.
+    active : list of Tensor, bool, (Nv,): per decode step, which of the sample's kept visual
+        tokens (raster order, all videos) the pruned layers attended to.
+    attention : list of Tensor, (Nv,): per decode step, the newest token's attention to them in
+        the scoring layer, a mean over heads.
+    """
+
+    keep: list[Tensor]
+    active: list[Tensor] = field(default_factory=list)
+    attention: list[Tensor] = field(default_factory=list)
+
+    def copy(self) -> SampleTrace:
+        return SampleTrace(list(self.keep), list(self.active), list(self.attention))
+
+
+@dataclass(eq=False)
+class Trace:
+    """Everything that ``trace=True`` keeps of a generation: one entry per row of the batch."""
+
+    samples: list[SampleTrace]
+
+    def add(self, visual: VisualTokens, scores: Tensor) -> None:
+        rows = zip(self.samples, visual.valid, visual.active, scores, strict=True)
+        for sample, valid, active, score in rows:
+            sample.active.append(active[valid].cpu())
+            sample.attention.append(score[valid].detach().cpu())
+
+
+@dataclass(eq=False)
+class Record:
+    """Counts of one generation, from which `report` is made.
+
+    Attributes
+    ----------
+    method, settings : the compressor's class name and settings.
+    videos : the videos of each row of the batch.
+    reason : why nothing was compressed, where nothing was.
+    below : share of the layers that hold all rows, see `LayerPlan`.
+    attended : Tensor, long, (B,): visual tokens that a decode step attends to; None where nothing
+        was touched.
+    refreshes, recalled : Tensor, long, (B,), without the first selection; None before the first.
+    length : logical tokens in the cache; without one, the input length of the last forward.
+    kv_bytes : bytes of the storages that the cache held after the last forward.
+    rows : bytes of one row, and the window, or None, of each cache layer that has rows.
+    states : bytes that the other layers hold, however long the text.
+    number : how many generations of its engine began before it.
+    secondary : whether it ran inside another generation, as contrastive decoding does.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    videos: list[list[VideoReport]]
+    reason: str | None = None
+    trace: Trace | None = None
+    below: float = 1.0
+    attended: Tensor | None = None
+    refreshes: Tensor | None = None
+    recalled: Tensor | None = None
+    decode_steps: int = 0
+    length: int = 0
+    kv_bytes: int = 0
+    rows: list[tuple[int, int | None]] = field(default_factory=list)
+    states: int = 0
+    number: int = 0
+    secondary: bool = False
+
+    def add(self, refreshed: Tensor, recalled: Tensor) -> None:
+        """Count a selection that was not the first one; both of shape (B,)."""
+        zeros = torch.zeros_like(recalled)
+        self.refreshes = (zeros if self.refreshes is None else self.refreshes) + refreshed
+        self.recalled = (zeros if self.recalled is None else self.recalled) + recalled
+
+    def measure(self, cache: Any) -> None:
+        """Read from the cache what its layers hold."""
+        self.kv_bytes, self.rows, self.states = held_bytes(cache), [], 0
+        for layer in getattr(cache, "layers", ()):
+            held = _tensors(layer)
+            if isinstance(layer, DynamicLayer):
+                row = sum(t[:, :, :1].numel() * t.element_size() for t in held)
+                self.rows.append((row, getattr(layer, "sliding_window", None)))
+            else:
+                self.states += sum(t.numel() * t.element_size() for t in held)
+
+    def next_turn(self) -> Record:
+        """The record of a follow-up turn on the same cache."""
+        trace = self.trace and Trace([SampleTrace(s.keep) for s in self.trace.samples])
+        return replace(
+            self, trace=trace, refreshes=None, recalled=None, decode_steps=0, secondary=False
+        )
+
+    def map_batch(self, pick: Callable[[Tensor], Tensor]) -> None:
+        """Follow beams and copies of the cache's rows."""
+        order = pick(torch.arange(len(self.videos))).tolist()
+        self.videos = [self.videos[i] for i in order]
+        for name in ("attended", "refreshes", "recalled"):
+            if (counts := getattr(self, name)) is not None:
+                setattr(self, name, pick(counts))
+        if self.trace is not None:
+            self.trace.samples = [self.trace.samples[i].copy() for i in order]
+
+    def report(self) -> Report:
+        counts = (self.attended, self.refreshes, self.recalled)
+        columns = [[0] * len(self.videos) if c is None else c.tolist() for c in counts]
+        if self.attended is None:
+            columns[0] = [sum(v.visual_tokens for v in videos) for videos in self.videos]
+        samples = tuple(
+            _sample(videos, attended, refreshes, recalled, self.below)
+            for videos, attended, refreshes, recalled in zip(self.videos, *columns, strict=True)
+        )
+        visual = sum(s.visual_tokens for s in samples)
+        kept = sum(s.kept_tokens for s in samples)
+        active = sum(s.active_tokens for s in samples)
+        reason = self.reason
+        if reason is None and active == visual:
+            reason = (
+                "nothing to merge or prune: too few frames, ratios too small for one token, or a "
+                "token_budget of all"
+            )
+        full = self.kv_bytes
+        if self.attended is not None:
+            # A layer with a window holds its last tokens and, until the next, the new one.
+            full = self.states + sum(
+                row * min(self.length, w or self.length) for row, w in self.rows
+            )
+        return Report(
+            engaged=reason is None,
+            reason=reason,
+            settings=self.settings,
+            kv_bytes=self.kv_bytes,
+            kv_bytes_full=full,
+            decode_steps=self.decode_steps,
+            retention=share(_mean_held(kept, active, self.below), visual),
+            final_retention=share(active, visual),
+            samples=samples,
+            below=self.below,
+            method=self.method,
+        )
+
+
+def _sample(
+    videos: Sequence[VideoReport], active: int, refreshes: int, recalled: int, below: float
+) -> SampleReport:
+    visual = sum(v.visual_tokens for v in videos)
+    kept = sum(v.kept_tokens for v in videos)
+    return SampleReport(
+        videos=tuple(videos),
+        frames=sum(v.frames for v in videos),
+        visual_tokens=visual,
+        kept_tokens=kept,
+        active_tokens=active,
+        retention=share(_mean_held(kept, active, below), visual),
+        final_retention=share(active, visual),
+        refreshes=refreshes,
+        recalled_tokens=recalled,
+    )
+
+
+def _mean_held(kept: int, active: int, below: float) -> float:
+    """Tokens that a layer holds; the mean over layers where tokens were dropped between them."""
+    return kept if below == 1 else below * kept + (1 - below) * active
+
+
+def videos_by_sample(
+    spans: Sequence[VideoSpan], kept: Sequence[int], batch: int
+) -> list[list[VideoReport]]:
+    """The videos of each row of the batch; ``kept`` has one count per span."""
+    rows: list[list[VideoReport]] = [[] for _ in range(batch)]
+    for span, count in zip(spans, kept, strict=True):
+        frames, tokens = span.positions.shape
+        rows[span.sample].append(VideoReport(frames, tokens, frames * tokens, count, span.source))
+    return rows
+
+
+class _Local(threading.local):
+    """A thread's own: the calls of generate in progress, and its newest generation."""
+
+    depth: int = 0
+    forwards: int = 0
+    first: Record | None = None
+    newest: Record | None = None
+
+
+class Records:
+    """The last 100 generations of one engine.
+
+    A generation that starts inside a call of generate after its first one, or between the steps of
+    another one, is secondary: contrastive decoding runs the model on a second prompt so. It is
+    listed, but it is not what `last` means.
+    """
+
+    def __init__(self, method: Method, below: float, trace: bool) -> None:
+        self.method, self.below, self.trace = method, below, trace
+        self.listed: deque[Record] = deque(maxlen=100)
+        self._by_cache: weakref.WeakKeyDictionary[Any, Record] = weakref.WeakKeyDictionary()
+        self._local, self._numbers = _Local(), itertools.count()
+
+    @property
+    def last(self) -> Record | None:
+        """The newest generation that is not part of another one."""
+        return next((r for r in reversed(self.listed) if not r.secondary), None)
+
+    def start(
+        self,
+        cache: Any,
+        videos: Sequence[VideoSpan],
+        kept: Sequence[Tensor] | None,
+        batch: int,
+        reason: str | None,
+    ) -> Record:
+        """A new generation on ``cache``; ``kept`` is None where it stays untouched."""
+        counts = [span.positions.numel() for span in videos]
+        if kept is not None:
+            counts = torch.stack([mask.sum() for mask in kept]).tolist()
+        by_sample = videos_by_sample(videos, counts, batch)
+        record = Record(type(self.method).__name__, self.method.to_dict(), by_sample, reason)
+        if kept is not None:
+            record.below = self.below
+        if self.trace and kept is not None:
+            record.trace = Trace([SampleTrace(keep=[]) for _ in range(batch)])
+            for span, mask in zip(videos, kept, strict=True):
+                record.trace.samples[span.sample].keep.append(mask.cpu())
+        return self.add(record, cache)
+
+    def add(self, record: Record, cache: Any) -> Record:
+        """List a new record. Traces stay only with generations that can go on."""
+        local = self._local
+        if local.depth:
+            record.secondary = local.first is not None
+            local.first = local.first or record
+        if not record.secondary:
+            alive = set(map(id, self._by_cache.values()))
+            for other in self.listed:
+                if id(other) not in alive:
+                    other.trace = None
+            local.newest = record
+        if cache is not None:
+            self._by_cache[cache] = record
+        record.number = next(self._numbers)
+        self.listed.append(record)
+        return record
+
+    def go_on(self, record: Record, cache: Any) -> Record:
+        """A forward that belongs to ``record``, and to a cache that may be a copy."""
+        if self._by_cache.get(cache) is not record:
+            return self.add(record, cache)
+        local = self._local
+        if local.depth:
+            local.first = local.first or record
+        elif local.newest is not None and local.newest.number > record.number:
+            local.newest.secondary = True  # it ran between two steps of this one
+            local.newest = record
+        return record
+
+    def known(self, cache: Any, length: int, several: bool) -> Record | None:
+        """The record that a forward belongs to which has no cache of ours, if it goes on.
+
+        A cache is known again; without one, generate feeds one token more each time, and only the
+        newest can be told from chance.
+        """
+        if cache is not None:
+            record = self._by_cache.get(cache)
+            return record if length == 1 or several else None
+        newest = self.listed[-1] if self.listed else None
+        if newest is None or newest.rows or length != newest.length + 1:
+            return None
+        return newest
+
+    def measure(self, record: Record, cache: Any, length: int) -> None:
+        """After an untouched forward of ``length`` tokens: what its cache holds, if it has one."""
+        record.length = length
+        if cache is not None:
+            self._by_cache[cache] = record
+            record.measure(cache)
+
+    # Calls of generate
+
+    def forward(self) -> None:
+        """A forward of the decoder that is hooked."""
+        self._local.forwards += 1
+
+    def call(self, generate: Callable[[], Any], who: str) -> Any:
+        """Run a call of generate, and say so where none of its forwards came by."""
+        local = self._local
+        outermost = not local.depth
+        if outermost:
+            local.first, local.forwards = None, 0
+        local.depth += 1
+        try:
+            output = generate()
+        finally:
+            local.depth -= 1
+        if outermost and not local.forwards:
+            reason = f"{who}.generate() ran, and none of its forwards was one of the hooked model"
+            self.start(None, [], None, 0, reason)
+        return output
+
+
+def _tensors(layer: Any) -> Iterable[Tensor]:
+    """The tensors of a cache layer: keys and values, or states of linear attention."""
+    states = [getattr(layer, name, None) for name in ("keys", "values")]
+    for name in ("conv_states", "recurrent_states"):
+        states += getattr(layer, name, {}).values()
+    return [state for state in states if isinstance(state, Tensor)]
+
+
+def held_bytes(cache: Any) -> int:
+    """Bytes of the unique storages that a cache holds."""
+    storages = {}
+    for layer in getattr(cache, "layers", ()):
+        for tensor in _tensors(layer):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
