@@ -20,6 +20,7 @@ from torch import Tensor
 from dycoke.checks import check_count
 from dycoke.core.method import EncoderAttention
 from dycoke.memory import frames_that_fit
+from dycoke.patching import Patches
 
 NAME = "get_video_features"
 NAMES = (NAME, "get_image_features")  # a video's frames may be images to the model
@@ -76,15 +77,12 @@ def replaced_encoder(
     base: Any, wrap: Callable[[Callable[..., Any]], Any], name: str = NAME
 ) -> Iterator[None]:
     """Put ``wrap`` of the method ``name`` in its place, and back again what was there before."""
-    before = vars(base).get(name)
-    setattr(base, name, wrap(getattr(base, name)))
+    patches = Patches()
+    patches.replace(base, name, wrap(getattr(base, name)))
     try:
         yield
     finally:
-        if before is None:
-            delattr(base, name)
-        else:
-            setattr(base, name, before)
+        patches.undo()
 
 
 def regroup(parts: Sequence[EncoderAttention], frames: Sequence[int]) -> list[EncoderAttention]:

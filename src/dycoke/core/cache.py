@@ -154,7 +154,6 @@ class VideoLayer(DynamicLayer):
             self.is_initialized = True
         if prefill or self.length + count > self.buffers[0].shape[2]:
             self._grow(new, self.length + count + ROOM)
-        self._make_writable()
         for buffer, states in zip(self.buffers, new, strict=True):
             if prefill and rows.order is not None:
                 order = rows.order.to(states.device)[:, None, :, None]
@@ -175,12 +174,6 @@ class VideoLayer(DynamicLayer):
                 grown[i][:, :, : self.length] = self.buffers[i][:, :, : self.length]
         self.buffers, self.generation.grown = grown, True
 
-    def _make_writable(self) -> None:
-        # Rows made under torch.inference_mode() cannot be written outside of it.
-        if self.buffers[0].is_inference() and not torch.is_inference_mode_enabled():
-            self.buffers = [buffer.clone() for buffer in self.buffers]
-            self.set_length(self.length)
-
     def set_length(self, length: int) -> None:
         """Show the first ``length`` rows of the buffers."""
         self.length = length
@@ -188,7 +181,6 @@ class VideoLayer(DynamicLayer):
 
     def exchange(self, first: Tensor, second: Tensor) -> None:
         """Exchange rows ``first[b, i]`` and ``second[b, i]`` of sample b, all at once."""
-        self._make_writable()
         batch, heads, capacity, _ = self.buffers[0].shape
         # As rows of one long table, the exchange copies whole rows, several times faster than
         # gather and scatter, which go element by element.

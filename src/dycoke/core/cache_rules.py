@@ -119,7 +119,8 @@ class DycokeCache(VideoCache):
                 "them; pass the whole prompt: what was prefilled, and then the question"
             )
 
-    def _map_batch(self, pick: Callable[[Tensor], Tensor]) -> None:
+    def map_batch(self, pick: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``pick`` to every tensor that has a row per sample."""
         generation = self.generation
         generation.record.map_batch(pick)
         for name, value in vars(generation).items():
@@ -138,14 +139,14 @@ class DycokeCache(VideoCache):
         generation.grown = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self.map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map_batch(lambda x: x.repeat_interleave(repeats, dim=0))
+        self.map_batch(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         indices = torch.as_tensor(indices)
-        self._map_batch(lambda x: x[indices.to(x.device)])
+        self.map_batch(lambda x: x[indices.to(x.device)])
 
     def reset(self) -> None:
         raise UnsupportedError("a DyCoke cache cannot be reset; pass a new DynamicCache()")

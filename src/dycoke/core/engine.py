@@ -305,6 +305,8 @@ class Engine:
         generation, device = cache.generation, inputs["inputs_embeds"].device
         mask = guards.checked_mask(inputs.get("attention_mask"), forward.inputs)
         guards.check_go_on(generation, self.method, mask, forward.length, self.decoder.config)
+        if generation.visual.valid.is_inference() and not torch.is_inference_mode_enabled():
+            cache.map_batch(torch.clone)  # what was made in that mode cannot be written outside
         forward.cache, forward.attention_mask = cache, mask
         forward.decode_step = forward.length == 1 or self._speculative
         cache.begin(forward.length, forward.decode_step)
