@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dycoke.checks import check_count
 from dycoke.clip import Seen, joined
+from dycoke.encoder import note_frames, replaced_encoder
 from dycoke.memory import frames_that_fit
 
 NAME = "get_video_features"
@@ -71,22 +72,6 @@ def check_frames(frames: object) -> int | str:
     return check_count("frames", frames, least=2)
 
 
-@contextmanager
-def replaced_encoder(
-    base: Any, wrap: Callable[[Callable[..., Any]], Any], name: str = NAME
-) -> Iterator[None]:
-    """Put ``wrap`` of the method ``name`` in its place, and back again what was there before."""
-    before = vars(base).get(name)
-    setattr(base, name, wrap(getattr(base, name)))
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(base, name)
-        else:
-            setattr(base, name, before)
-
-
 class _Form(NamedTuple):
     """What takes such inputs in chunks, how many frames they are, and a frame's patches.
 
@@ -125,6 +110,7 @@ def _in_chunks(
             return output
 
         output = form.chunked(part, inputs, str(name), limit)
+        note_frames(output, inputs, "video" if videos else "image")
         if seen:  # what a method asked for (`vision.py`)
             output.vision = joined(seen, form.videos or [1] * sum(len(s) for s, _ in seen))
         return output

@@ -24,11 +24,9 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from dycoke.attention import Override, received
 from dycoke.clip import Seen, joined
-from dycoke.encoding import replaced_encoder
+from dycoke.encoder import KINDS, replaced_encoder
 from dycoke.errors import UnsupportedError
 from dycoke.models import VideoSpan, families
-
-KINDS = ("video", "image")
 
 
 class _Call:
