@@ -250,7 +250,8 @@ class Prompt:
         if len(run) % (sides[0] * sides[1]):
             raise UnsupportedError(
                 f"{len(run)} {self.kind} tokens behind each other do not have the positions of "
-                f"whole frames; pass the processor's mm_token_type_ids, or {self.kind}_grid_thw"
+                f"whole frames; pass the processor's mm_token_type_ids, or {self.kind}_grid_thw, "
+                "and prefill at once, without prefill_chunk_size"
             )
         return sides[0], sides[1]
 
