@@ -49,12 +49,25 @@ def prompt(ids: list[list[int]], **kwargs: Any) -> Prompt:
     return Prompt(None, torch.tensor(ids), None, {}, None, **kwargs)
 
 
-def test_runs_are_frames() -> None:
-    places = torch.tensor([3, 4, 6, 7, 10, 11])
-    assert prompt([[0]]).runs(places).tolist() == [[3, 4], [6, 7], [10, 11]]
-    assert prompt([[0]]).runs(torch.arange(4, 7)).tolist() == [[4, 5, 6]]
-    with pytest.raises(UnsupportedError, match=r"\[1, 2\] placeholders"):
-        prompt([[0]]).runs(places[1:])
+def test_frames_are_those_that_the_encoder_got() -> None:
+    ids = [[0, 9, 9, 0, 9, 9], [9, 9, 0, 0, 0, 0]]
+    found = prompt(ids, counts=[2, 1]).cut(9, [4, 2])
+    assert [(s, p.tolist()) for s, p in found] == [(0, [[1, 2], [4, 5]]), (1, [[0, 1]])]
+    # A sample without images has an entry of its own.
+    assert len(prompt(ids, counts=[2, 0, 1]).cut(9, [4, 0, 2])) == 2
+    with pytest.raises(UnsupportedError, match="4 video tokens are not 3 frames of one size"):
+        prompt(ids, counts=[3, 1]).cut(9, [4, 2])
+    with pytest.raises(UnsupportedError, match="2 videos where the encoder got 3"):
+        prompt(ids, counts=[1, 2, 1]).cut(9, [4, 2])
+    with pytest.raises(UnsupportedError, match="nothing tells how many frames each video has"):
+        prompt(ids).cut(9, [4, 2])
+
+
+def test_repeated_samples_have_the_frames_of_the_first() -> None:
+    """Beams repeat a prompt, and its videos' features, but not what the encoder was given."""
+    three = prompt([[0]], counts=[2, 5, 3])  # two videos in sample 0, one in sample 1
+    assert three.counts_of([0, 0, 1]) == [2, 5, 3]
+    assert three.counts_of([0, 0, 1, 1, 2, 3]) == [2, 5, 2, 5, 3, 3]
 
 
 def test_videos_fill_placeholders_in_order() -> None:

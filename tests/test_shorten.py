@@ -7,7 +7,6 @@ import torch
 
 from dycoke import DyCoke, UnsupportedError, VideoSpan
 from dycoke.core.prefill import contexts_of, shorten
-from dycoke.models import Prompt
 
 BATCH, LENGTH, WIDTH = 2, 40, 6
 
@@ -53,12 +52,3 @@ def test_an_unknown_row_per_token_is_refused() -> None:
     inputs["weather"] = torch.zeros(BATCH, LENGTH)
     with pytest.raises(UnsupportedError, match="'weather', with a row per token"):
         shorten(inputs, spans, DyCoke(), cached=True, contexts=contexts_of(spans))
-
-
-def test_runs_are_frames() -> None:
-    prompt = Prompt(None, torch.zeros(1, 1), None, {}, None)
-    places = torch.tensor([4, 5, 8, 9, 11, 12])
-    assert prompt.runs(places).tolist() == [[4, 5], [8, 9], [11, 12]]
-    assert prompt.runs(places[:2]).tolist() == [[4, 5]]
-    with pytest.raises(UnsupportedError, match=r"take \[1, 2\] placeholders each"):
-        prompt.runs(places[:-1])

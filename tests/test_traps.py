@@ -412,8 +412,7 @@ def test_assisted_decoding(family: str) -> None:
 
 
 def test_a_part_of_a_question_cannot_be_forgotten() -> None:
-    """A whole question can be; a part of it, of which a loop of one's own would keep the rest not.
-    """
+    """A whole question can be; of several tokens that came at once, a part can not."""
     model, inputs = model_of("video_llama_3"), inputs_of("video_llama_3", *ONE)
     question = torch.tensor([[7, 8, 9]])
     with DyCoke()(model), torch.no_grad():

@@ -42,7 +42,18 @@ _HOMES = {
     "VideoSpan": "models",
     "Report": "report",
 }
-_ROOMS = {"assistant", "costs", "merging", "models", "nano", "selection", "video"}
+_ROOMS = {
+    "assistant",
+    "costs",
+    "encoding",
+    "memory",
+    "merging",
+    "methods",
+    "models",
+    "nano",
+    "selection",
+    "video",
+}
 
 
 def __getattr__(name: str) -> Any:

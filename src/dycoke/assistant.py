@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from dycoke.compressor import Compressor
 from dycoke.core.cache_rules import DycokeCache
 from dycoke.core.positions import PositionOffset, offset_after
 from dycoke.core.records import Trace
+from dycoke.encoder import ENCODED
 from dycoke.encoding import AUTO, encode_in_chunks
 from dycoke.errors import UnsupportedError
 from dycoke.finder import own_frames, processor_options
@@ -28,6 +30,9 @@ from dycoke.video import Video, read
 
 # Sampling's settings are left over in many generation configs, and warned about in greedy search.
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+# What a watched clip's questions bring themselves.
+OWN = ("input_ids", "attention_mask", "position_ids", "past_key_values", "cache", ENCODED)
 
 
 @dataclass(frozen=True)
@@ -280,6 +285,7 @@ class Seen:
         began: float,
     ) -> None:
         self._assistant, self._video = assistant, video
+        self._content = _content(video)
         self._compressor, self._trace = compressor, trace
         inputs = assistant.prepare(video, "?")
         ids = inputs["input_ids"]
@@ -321,6 +327,25 @@ class Seen:
         self.timings.video_s = prepared
         self.timings.total_s += prepared
 
+    def _check(
+        self, video: str | os.PathLike[str] | Video | None, generate: dict[str, Any]
+    ) -> None:
+        given = sorted(name for name in generate if name in OWN or "pixel_values" in name)
+        if given:
+            raise ValueError(
+                f"{', '.join(given)}: the questions of watch() have the inputs of the clip that "
+                "was watched; for another clip call watch() again, or ask()"
+            )
+        if video is None:
+            return
+        if not isinstance(video, Video):
+            video = read(video, len(self._video.frames))
+        if _content(video) != self._content:
+            raise ValueError(
+                f"{video.path!r} is not the clip that was watched, {self._video.path!r}, or was "
+                "read in other frames; call watch() for it"
+            )
+
     def _tail(self, question: str) -> list[int] | None:
         """The tokens of a prompt after its video, where the text tells where that is."""
         processor = self._assistant.processor
@@ -336,10 +361,25 @@ class Seen:
         question: str,
         max_new_tokens: int = 128,
         on_text: Callable[[str], None] | None = None,
+        video: str | os.PathLike[str] | Video | None = None,
         **generate: Any,
     ) -> Answer:
-        """Answer a question; parameters as in `Assistant.ask`."""
+        """Answer a question.
+
+        Parameters
+        ----------
+        video : the clip that the question is about, where the caller wants that checked. Clips of
+            one length and size have equal prompts, so nothing but the frames tells them apart.
+        question, max_new_tokens, on_text, generate : as in `Assistant.ask`.
+
+        Raises
+        ------
+        ValueError
+            Where ``video`` is not the clip that was watched, or ``generate`` brings another's
+            inputs.
+        """
         began = time.perf_counter()
+        self._check(video, generate)
         tail = self._tail(question) if self._alone else None
         if tail is not None:
             ids = torch.cat([self._ids, self._ids.new_tensor([tail])], dim=1)
@@ -358,6 +398,12 @@ class Seen:
         return self._assistant._answer(
             inputs, prepared, self._compressor, on_text, self._trace, generate
         )
+
+
+def _content(video: Video) -> bytes:
+    """What tells a clip from others of its length and size: a digest of its frames and times."""
+    said = repr((video.frames.shape, video.timestamps)).encode()
+    return hashlib.blake2b(said + video.frames.tobytes()).digest()
 
 
 class _Streamer(TextStreamer):

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import transformers
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dycoke.errors import UnsupportedError
 
@@ -89,3 +93,77 @@ def check_names(model: Any, base: Any, decoder: Any) -> None:
                 raise unknown(f"generate asks {type(model).__name__} for no {name}")
     if not hasattr(decoder.config, "_attn_implementation_internal"):
         raise unknown("configs have no _attn_implementation_internal")
+
+
+def attention_of(layer: Any) -> nn.Module:
+    """The attention module of a decoder layer."""
+    module = getattr(layer, "self_attn", None)
+    if not isinstance(module, nn.Module) or not hasattr(module, "config"):
+        raise UnsupportedError(
+            f"{type(layer).__name__} has no attention module `self_attn` with a config; DyCoke "
+            "cannot prune there; use prune_ratio=0"
+        )
+    return module
+
+
+def attention_function(module: Any) -> Callable[..., Any]:
+    """The attention function this module uses now. "eager" lives beside the module's class."""
+    implementation = module.config._attn_implementation
+    source = inspect.getmodule(inspect.unwrap(type(module).forward))
+    source = source or sys.modules[type(module).__module__]
+    eager = getattr(source, "eager_attention_forward", None)
+    function: Callable[..., Any] | None = ALL_ATTENTION_FUNCTIONS.get_interface(
+        implementation, eager
+    )
+    if function is None:
+        raise UnsupportedError(
+            f"the attention implementation {implementation!r} of {type(module).__name__} was not "
+            'found; load the model with attn_implementation="sdpa"'
+        )
+    return function
+
+
+def native_mask(
+    implementation: str,
+    config: Any,
+    query: Tensor,
+    q_len: int,
+    kv_len: int,
+    key_mask: Tensor | None,
+) -> Any:
+    """A causal mask in the backend's own form (4-D, 2-D or None), made by its own function.
+
+    Parameters
+    ----------
+    implementation : the backend's name.
+    config : the decoder's config.
+    query : Tensor, for its batch, dtype and device.
+    q_len, kv_len : new tokens, and rows that they may see, themselves included.
+    key_mask : Tensor, bool, shape (B, kv_len), or None; False hides a key.
+    """
+    if key_mask is None and q_len == 1:
+        return None
+    known = getattr(ALL_MASK_ATTENTION_FUNCTIONS, "_global_mapping", None)
+    if known is None:
+        raise unknown("ALL_MASK_ATTENTION_FUNCTIONS has no _global_mapping")
+    make = known.get(implementation)
+    if make is None:
+        if key_mask is None:
+            return None
+        raise UnsupportedError(
+            f"the attention implementation {implementation!r} has no mask function, and samples "
+            "of different length need a mask; register one, or use batches of 1"
+        )
+    return make(
+        batch_size=query.shape[0],
+        q_length=q_len,
+        kv_length=kv_len,
+        q_offset=kv_len - q_len,
+        kv_offset=0,
+        attention_mask=key_mask,
+        allow_is_causal_skip=True,
+        dtype=query.dtype,
+        config=config,
+        use_vmap=False,
+        device=query.device,
+    )

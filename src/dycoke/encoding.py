@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dycoke.checks import check_count
 from dycoke.core.method import EncoderAttention
+from dycoke.encoder import note_frames, replaced_encoder
 from dycoke.memory import frames_that_fit
-from dycoke.patching import Patches
 
 NAME = "get_video_features"
 NAMES = (NAME, "get_image_features")  # a video's frames may be images to the model
@@ -70,19 +70,6 @@ def check_frames(frames: object) -> int | str:
             raise ValueError(f'frames must be "auto" or an integer of at least 2, got {frames!r}')
         return frames
     return check_count("frames", frames, least=2)
-
-
-@contextmanager
-def replaced_encoder(
-    base: Any, wrap: Callable[[Callable[..., Any]], Any], name: str = NAME
-) -> Iterator[None]:
-    """Put ``wrap`` of the method ``name`` in its place, and back again what was there before."""
-    patches = Patches()
-    patches.replace(base, name, wrap(getattr(base, name)))
-    try:
-        yield
-    finally:
-        patches.undo()
 
 
 def regroup(parts: Sequence[EncoderAttention], frames: Sequence[int]) -> list[EncoderAttention]:
@@ -135,6 +122,7 @@ def _in_chunks(
             return output
 
         output = form.chunked(part, inputs, str(name), limit)
+        note_frames(output, inputs, "video" if videos else "image")
         if seen:  # what a method asked for (`vision.py`)
             output.vision = regroup(seen, form.videos or [1] * sum(len(s) for s, _ in seen))
         return output

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dycoke.encoder import ENCODED, PIXELS, frames_given, noted_frames
 from dycoke.errors import UnsupportedError
-from dycoke.models import PIXELS, Layout, Prompt, VideoSpan, families, family_of, frame_kinds
+from dycoke.models import Layout, Prompt, VideoSpan, families, family_of, frame_kinds
 
 NO_VIDEO = "no video in the prompt"
 
@@ -120,10 +121,13 @@ class Finder:
             if not _arrived(inputs, kind) or rows == []:
                 continue  # generate lost them on the way to beams; the model will say so
             ids, position_ids = inputs["input_ids"], inputs.get("position_ids")
-            prompt = Prompt(config, ids, position_ids, inputs, rows, kind)
+            output = _encoded(inputs, kind)
+            counts = noted_frames(output) or frames_given(inputs, kind)
+            prompt = Prompt(config, ids, position_ids, inputs, rows, kind, counts)
             found = self.layout(prompt)
             if self.family is None:
                 return found
+            _check_counts(prompt, found)
             spans += join_images(prompt, found, self.frames) if kind == "image" else found
         return spans
 
@@ -193,6 +197,20 @@ def join_images(prompt: Prompt, images: Sequence[VideoSpan], frames: Frames) -> 
     return videos
 
 
+def _check_counts(prompt: Prompt, found: Sequence[VideoSpan]) -> None:
+    """Refuse a layout that finds other frames than the encoder got."""
+    if not found:
+        return
+    counts = prompt.counts_of([span.sample for span in found])
+    frames = [len(span.positions) for span in found]
+    if counts is not None and counts != frames:
+        raise UnsupportedError(
+            f"the prompt's {prompt.kind}s have {frames} frames of "
+            f"{[span.positions.shape[1] for span in found]} tokens, where the encoder got {counts} "
+            "frames; pass the processor's output unchanged, or layout="
+        )
+
+
 def _check_whole(prompt: Prompt, sample: int, frames: Sequence[Tensor]) -> None:
     """Refuse parts of images: what stands before a frame is one and the same marker.
 
@@ -214,7 +232,7 @@ def _arrived(inputs: Mapping[str, Any], kind: str) -> bool:
 
 
 def _encoded(inputs: Mapping[str, Any], kind: str) -> Any:
-    return (inputs.get("mm_encoder_outputs") or {}).get(kind)
+    return (inputs.get(ENCODED) or {}).get(kind)
 
 
 def _encoded_rows(inputs: Mapping[str, Any], kind: str) -> list[int] | None:

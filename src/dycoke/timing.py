@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dycoke.compressor import Compressor, Run
-from dycoke.encoding import replaced_encoder
+from dycoke.encoder import replaced_encoder
 from dycoke.finder import Frames
 
 

@@ -23,12 +23,12 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from dycoke.attention import Override
 from dycoke.core.method import EncoderAttention
+from dycoke.encoder import KINDS
 from dycoke.encoding import regroup
 from dycoke.errors import UnsupportedError
 from dycoke.models import VideoSpan, families
 from dycoke.patching import Patches
 
-KINDS = ("video", "image")
 BLOCK = 1 << 24  # attention weights that `received` holds at once: 64 MB in float32
 
 

@@ -16,8 +16,7 @@ that are really there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -107,6 +106,8 @@ class Generation:
     newest : tokens of the last forward.
     open : whether a decoder forward runs now; rows may be added only inside one.
     grown : whether buffers changed since they were last measured.
+    counting : the first layer that has rows.
+    stock_layers : whether some layers stay what transformers made them, and grow by themselves.
     """
 
     method: Method
@@ -125,6 +126,8 @@ class Generation:
     newest: int = 1
     open: bool = False
     grown: bool = True
+    counting: int = 0
+    stock_layers: bool = False
 
 
 class VideoLayer(DynamicLayer):
@@ -231,27 +234,10 @@ class VideoCache(DynamicCache):
         rows: tuple[Tensor, Tensor] = self.layers[layer_idx].update(key_states, value_states)
         return rows
 
-    # A linear layer asks first whether it has a state (5.17 so, later versions by the second).
-    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
-        self._check_open()
-        known: bool = super().has_previous_state(*args, **kwargs)
-        return known
-
-    def get_conv_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        self._check_open()
-        state: Tensor | None = super().get_conv_state(*args, **kwargs)
-        return state
-
-    @property
-    def has_stock_layers(self) -> bool:
-        """Whether some layers stay what transformers made them, and grow by themselves."""
-        return not all(isinstance(layer, VideoLayer) for layer in self.layers)
-
     @property
     def row_count(self) -> int:
         """The rows that are really there: text, generated and kept visual tokens."""
-        layer = next(layer for layer in self.layers if isinstance(layer, DynamicLayer))
-        return int(layer.get_seq_length())
+        return int(self.layers[self.generation.counting].get_seq_length())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.generation.length
@@ -267,7 +253,10 @@ class VideoCache(DynamicCache):
         if new > 1 and generation.visual.previous is not None:
             # What follows selects anew.
             generation.visual = replace(generation.visual, previous=None)
-        generation.offset.step(decode)
+        offset = generation.offset
+        if not decode and offset.answered:
+            offset.now = offset.turn
+        offset.answered |= decode
 
     def select(self, chosen: Tensor) -> Tensor:
         """Make ``chosen``, bool (B, V), the active set; returns how many came from the bank, (B,).
@@ -304,20 +293,3 @@ class VideoCache(DynamicCache):
         generation.upper = rows
         generation.visual = replace(generation.visual, active=active, counts=counts)
         generation.record.attended = counts
-
-
-def map_tensors(value: Any, pick: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with ``pick`` applied to every tensor in it; each has a row per sample.
-
-    Lists, dictionaries and dataclasses are followed; these are made anew.
-    """
-    if isinstance(value, Tensor):
-        return pick(value)
-    if isinstance(value, list | tuple):
-        return type(value)(map_tensors(item, pick) for item in value)
-    if isinstance(value, dict):
-        return {key: map_tensors(item, pick) for key, item in value.items()}
-    if is_dataclass(value) and not isinstance(value, type | Method):
-        held = {f.name: map_tensors(getattr(value, f.name), pick) for f in fields(value)}
-        return replace(value, **held)
-    return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from dycoke.core.cache import Generation, VideoCache, VideoLayer, map_tensors
+from dycoke.core.cache import Generation, VideoCache, VideoLayer
+from dycoke.core.method import Method
 from dycoke.errors import UnsupportedError
 
 # Layers that stay as they are. Shared keys and values have a dummy layer, in newer versions.
@@ -28,6 +29,17 @@ STOCK = tuple(
 
 class DycokeCache(VideoCache):
     """The `DynamicCache` that generate made, grown into one with rows that move (`adopt`)."""
+
+    # A linear layer asks first whether it has a state (5.17 so, later versions by the second).
+    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
+        self._check_open()
+        known: bool = super().has_previous_state(*args, **kwargs)
+        return known
+
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        self._check_open()
+        state: Tensor | None = super().get_conv_state(*args, **kwargs)
+        return state
 
     @property
     def is_croppable(self) -> bool:
@@ -187,8 +199,28 @@ def adopt(
         VideoLayer(generation, i in upper) if type(layer) is DynamicLayer else layer
         for i, layer in enumerate(cache.layers or [DynamicLayer() for _ in range(layers)])
     ]
+    generation.stock_layers = not all(isinstance(layer, VideoLayer) for layer in cache.layers)
+    rows = (i for i, layer in enumerate(cache.layers) if isinstance(layer, DynamicLayer))
+    generation.counting = next(rows)
     cache.layer_class_to_replicate = None
     cache.__class__ = DycokeCache
     adopted: Any = cache
     adopted.generation = generation
     return adopted  # type: ignore[no-any-return]
+
+
+def map_tensors(value: Any, pick: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with ``pick`` applied to every tensor in it; each has a row per sample.
+
+    Lists, dictionaries and dataclasses are followed; these are made anew.
+    """
+    if isinstance(value, Tensor):
+        return pick(value)
+    if isinstance(value, list | tuple):
+        return type(value)(map_tensors(item, pick) for item in value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, pick) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type | Method):
+        held = {f.name: map_tensors(getattr(value, f.name), pick) for f in fields(value)}
+        return replace(value, **held)
+    return value

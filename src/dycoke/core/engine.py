@@ -1,15 +1,12 @@
 """The hooks that compress under an untouched ``generate()``, in the order of events.
 
-Prefill: the base model's hook finds the video tokens of the prompt (`_on_prompt`). The decoder's
-hook drops the merged rows and grows generate's cache into ours (`_enter`, `_prefill`); where a
-method drops rows inside, the first upper layer's hook asks it (`_drop`).
+Prefill: `_on_prompt` finds the video tokens of the prompt; `_enter` and `_prefill` drop the merged
+rows and grow generate's cache into ours; where a method drops rows inside, `_drop` asks it.
 
-A decode step: the decoder's hook makes masks and positions fit the rows (`_enter`, `_go_on`). The
-attention of the scoring layer says how much the newest token looks at each visual token, the
-method chooses, and rows are exchanged (`_score`, `_select`). The upper layers attend to their
-active rows (`_attend`). The step is counted (`_leave`).
-
-Nothing here knows a model family (`models`) or a formula (`merging`, `selection`).
+A decode step: `_enter` and `_go_on` make masks and positions fit the rows; `_score` and `_select`
+see how much the newest token looks at each visual token, and exchange rows; the upper layers
+attend to the active rows (`_attend`); `_leave` counts. Nothing here knows a model family
+(`models`) or a formula (`merging`, `selection`).
 """
 
 from __future__ import annotations
@@ -24,17 +21,17 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from dycoke import compat
-from dycoke.attention import Override, attention_of, native_mask, query_scores
+from dycoke.attention import Override, query_scores
 from dycoke.core import guards
-from dycoke.core.cache import Generation
 from dycoke.core.cache_rules import DycokeCache, adopt, prompt_of
 from dycoke.core.drop import drop_rows, last_token_scores, shorten_layer
 from dycoke.core.generate import GenerateHooks, state_positions
 from dycoke.core.layers import plan_layers
 from dycoke.core.method import Method
 from dycoke.core.positions import offset_after
-from dycoke.core.prefill import contexts_of, shorten
+from dycoke.core.prefill import contexts_of, shorten, start
 from dycoke.core.records import IDLE, Record, Records
+from dycoke.encoder import ENCODED, carry_notes, note_encoded
 from dycoke.errors import UnsupportedError
 from dycoke.finder import Finder, Frames
 from dycoke.models import Layout, Masks, VideoSpan
@@ -59,12 +56,13 @@ class Forward:
 
     Attributes
     ----------
-    labels : whether labels were given.
+    labels, encoded : whether labels were given; the vision encoder's outputs, where they were.
     inputs : what the base model received, by name.
     videos, reason : the video tokens of the prompt, or why there is nothing to compress.
     length : tokens that come into the decoder, before any are dropped.
     cache, prefill : ours, where there is one; and whether it is new.
-    record, decode_step : where it is counted; and whether it counts as a decode step.
+    decodes : whether it takes the view of a decode step.
+    record, decode_step : where it is counted, and whether as a decode step.
     attention_mask : the user's, (B, logical length), or None.
     lower_mask : which keys the lower layers may see, (B, rows), or None.
     upper_masks : per device, what the upper layers hand to their attention function.
@@ -74,6 +72,7 @@ class Forward:
     """
 
     labels: bool = False
+    encoded: Any = None
     inputs: dict[str, Any] = field(default_factory=dict)
     videos: list[VideoSpan] = field(default_factory=list)
     reason: str | None = None
@@ -82,17 +81,13 @@ class Forward:
     prefill: bool = False
     record: Record | None = None
     decode_step: bool = False
+    decodes: bool = False
     attention_mask: Tensor | None = None
     lower_mask: Tensor | None = None
     upper_masks: dict[torch.device, Any] = field(default_factory=dict)
     scores: Tensor | None = None
     source: Tensor | None = None
     reached: int = 0
-
-    @property
-    def decodes(self) -> bool:
-        """Whether it takes the view of a decode step."""
-        return self.length == 1 and not self.prefill
 
 
 class _Local(threading.local):
@@ -124,7 +119,7 @@ class Engine:
         self.masks: Masks | None = getattr(self.finder.family, "masks", None)
         guards.check_settings(self.model, method, self.finder.rope)
         compat.check_names(self.model, self.base, self.decoder)
-        self.cache_name = compat.cache_name(self.decoder)
+        self._cache_in, self._cache_inside = map(compat.cache_name, (self.base, self.decoder))
         vision = getattr(self.base.config, "vision_config", None)
         levels = len(getattr(vision, "deepstack_visual_indexes", None) or ())
         self.layers = plan_layers(self.decoder.config, method, levels, trace)
@@ -134,12 +129,13 @@ class Engine:
             self.vision = Vision(self.model, self.finder.family, self.finder.kinds)
         self.records = Records(method, self.layers.below, trace)
         self.running: Forward | None = None  # the decoder's forward; one at a time
+        self.last_record: Record | None = None  # where the last one was counted
         self._local = _Local()
         self._turn = threading.Lock()
         self._owner: int | None = None
         self._patches = Patches()
         self._generate: GenerateHooks | None = None
-        self._overridden = 0
+        self._overridden = self.forwards = 0
 
     # Installing and removing
 
@@ -156,24 +152,18 @@ class Engine:
             for i, layer in enumerate(self.decoder.layers):
                 if i == plan.scoring or i in plan.upper:
                     handler = self._score if i == plan.scoring else self._attend
-                    Override(patches, attention_of(layer), handler)
+                    Override(patches, compat.attention_of(layer), handler)
                     self._overridden += 1
                 if plan.kind == "drop" and i in plan.upper:
                     patches.hook(layer, self._drop)
+            note_encoded(patches, self.base)
             if self.vision is not None:
                 self.vision.install(patches)
             if self.model is not self.base:
                 patches.hook(self.model, self._on_call)
             patches.hook(self.base, self._on_prompt, self._after_prompt)
             patches.hook(self.decoder, self._enter, self._leave)
-            self._generate = GenerateHooks(
-                patches,
-                self.model,
-                self.given,
-                self.records,
-                self.method.idle,
-                plan.kind != "none",
-            )
+            self._generate = GenerateHooks(self, patches)
         except BaseException:
             self.remove()
             raise
@@ -202,28 +192,48 @@ class Engine:
     # The model's hooks: find the video tokens
 
     def _on_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._local.forward = Forward(labels=named(module, args, kwargs).get("labels") is not None)
+        inputs = self._named(module, args, kwargs)
+        self._local.forward = Forward(inputs.get("labels") is not None, inputs.get(ENCODED))
 
     def _on_prompt(
         self, module: Any, args: Any, kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
         forward = self._local.forward = self._local.forward or Forward()
-        forward.inputs = inputs = dict(named(module, args, kwargs))
-        cache = compat.cache_of(inputs)
+        forward.inputs = inputs = dict(self._named(module, args, kwargs))
+        cache, ids = inputs.get(self._cache_in), inputs.get("input_ids")
+        ours = isinstance(cache, DycokeCache)
+        if not ours or ids is None or ids.shape[1] > 1:  # else it brings nothing to find
+            self._find(module, forward, cache)
+        if ours and inputs.get("position_ids") is None:
+            state_positions(cache, inputs)
+        return (), inputs
+
+    def _find(self, module: nn.Module, forward: Forward, cache: Any) -> None:
+        """Where the videos of a prompt are."""
+        carry_notes(forward.encoded, forward.inputs.get(ENCODED))
         try:
             forward.videos, forward.reason = self.finder.videos(
-                module, inputs, cache, forward.labels, self._speculative
+                module, forward.inputs, cache, forward.labels, self._speculative
             )
         except UnsupportedError:
             if not self.method.idle:  # plain generation may do whatever it can
                 raise
-        if isinstance(cache, DycokeCache):
-            state_positions(cache, inputs)
-        return (), inputs
 
     @property
     def _speculative(self) -> bool:
         return self._generate is not None and self._generate.speculative
+
+    def _named(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments of a forward by name, the cache by the newest one.
+
+        A user may pass the cache by its old name; hooks run before transformers renames it.
+        """
+        if args:
+            kwargs = {**dict(zip(compat.parameters(module), args, strict=False)), **kwargs}
+        if self._cache_in == "cache" and "past_key_values" in kwargs:
+            old = kwargs.pop("past_key_values")
+            kwargs["cache"] = old if kwargs.get("cache") is None else kwargs["cache"]
+        return kwargs
 
     def _after_prompt(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._local.forward = None
@@ -237,11 +247,11 @@ class Engine:
         forward = self._local.forward or Forward()
         if self._overridden and self.decoder.config._attn_implementation != self.implementation:
             raise guards.changed_attention(self.decoder, self.implementation)
-        inputs = dict(named(module, args, kwargs))
+        inputs = dict(self._named(module, args, kwargs))
         if inputs.get("inputs_embeds") is None:
             raise compat.unknown(f"{type(module).__name__} was called without inputs_embeds")
-        cache, forward.length = compat.cache_of(inputs), inputs["inputs_embeds"].shape[1]
-        self.records.forward()
+        cache, forward.length = inputs.get(self._cache_inside), inputs["inputs_embeds"].shape[1]
+        self.forwards += 1
         if isinstance(cache, DycokeCache):
             self._go_on(forward, cache, inputs)
         elif forward.videos and (self.trace or not self.method.idle):
@@ -250,7 +260,7 @@ class Engine:
             self._watch(forward, cache, len(inputs["inputs_embeds"]))
         if forward.cache is not None:
             forward.cache.generation.open = True
-        self.running = forward
+        self.running, self.last_record = forward, forward.record
         return (), inputs
 
     def _prefill(self, forward: Forward, cache: Any, inputs: dict[str, Any]) -> None:
@@ -278,23 +288,10 @@ class Engine:
             record = self.records.start(cache or None, forward.videos, kept, len(embeds), reason)
         record.attended, forward.record = rows.visual.active.sum(1), record
         if cache is not False:
-            generation = Generation(
-                method=method,
-                kind=plan.kind,
-                prompt=prompt_of(forward.inputs["input_ids"], mask),
-                prompt_length=forward.length,
-                length=0,
-                lower=rows.lower,
-                upper=rows.upper,
-                visual=rows.visual,
-                lower_rows=rows.lower_rows,
-                upper_rows=rows.upper_rows,
-                dropped=rows.dropped[:, -1],
-                offset=offset,
-                record=record,
-            )
+            prompt = prompt_of(forward.inputs["input_ids"], mask)
+            generation = start(rows, method, plan.kind, prompt, offset, record)
             cache = adopt(cache, generation, plan.upper, len(self.decoder.layers))
-            inputs[self.cache_name] = forward.cache = cache
+            inputs[self._cache_inside] = forward.cache = cache
             forward.prefill = True
         if self.masks is not None:
             made = self.masks(self.base.config, forward.inputs, inputs, rows.source)
@@ -303,16 +300,21 @@ class Engine:
     def _go_on(self, forward: Forward, cache: DycokeCache, inputs: dict[str, Any]) -> None:
         """A decode step, or the forward of a new turn, on a cache of ours."""
         generation, device = cache.generation, inputs["inputs_embeds"].device
-        mask = guards.checked_mask(inputs.get("attention_mask"), forward.inputs)
-        guards.check_go_on(generation, self.method, mask, forward.length, self.decoder.config)
+        mask = inputs.get("attention_mask")
+        if forward.length > 1 or generation.method != self.method or mask is not None:
+            mask = guards.checked_mask(mask, forward.inputs)
+            guards.check_go_on(generation, self.method, mask, forward.length, self.decoder.config)
         if generation.visual.valid.is_inference() and not torch.is_inference_mode_enabled():
             cache.map_batch(torch.clone)  # what was made in that mode cannot be written outside
         forward.cache, forward.attention_mask = cache, mask
+        forward.decodes = forward.length == 1
         forward.decode_step = forward.length == 1 or self._speculative
         cache.begin(forward.length, forward.decode_step)
         if not forward.decode_step:
             generation.record = generation.record.next_turn()
-        forward.record = self.records.go_on(generation.record, cache)
+        forward.record = generation.record
+        if forward.record is not self.last_record:
+            self.records.go_on(forward.record, cache)
         rows = cache.row_count + forward.length
         forward.lower_mask = generation.lower.key_mask(mask, rows, device, decode=False)
         inputs["attention_mask"] = forward.lower_mask
@@ -343,13 +345,12 @@ class Engine:
             record, cache = forward.record, forward.cache
             record.decode_steps += forward.decode_step
             if cache is None:
-                made = compat.cache_of(output) if isinstance(output, dict) else None
-                self.records.measure(record, made, forward.length)
+                self.records.measure(record, output, forward.length)
             else:
                 self._check_taken(forward, cache)
                 cache.generation.length += forward.length
                 record.length = cache.generation.length
-                if cache.generation.grown or cache.has_stock_layers:
+                if cache.generation.grown or cache.generation.stock_layers:
                     record.measure(cache)
                     cache.generation.grown = False
         self._release()
@@ -392,7 +393,8 @@ class Engine:
             chosen, refreshed = self.method.select_tokens(scores, visual)
             recalled = cache.select(chosen)
             if visual.previous is not None:
-                record.add(refreshed, recalled)
+                record.refreshes = record.refreshes + refreshed
+                record.recalled = record.recalled + recalled
         cache.note(scores)
         if record.trace is not None:
             record.trace.add(generation.visual, scores)
@@ -404,13 +406,16 @@ class Engine:
         forward = self.running
         if forward is None or forward.cache is None or not forward.prefill:
             return None
-        inputs = dict(named(module, args, kwargs))
+        inputs = dict(self._named(module, args, kwargs))
         if forward.source is None:
             if forward.scores is None:
                 raise compat.unknown("the scoring layer was not reached before the first upper one")
-            hidden, scores, below = inputs["hidden_states"], forward.scores, self.layers.below
             inputs["hidden_states"], forward.source = drop_rows(
-                self.method, hidden, scores, forward.cache, below
+                self.method,
+                inputs["hidden_states"],
+                forward.scores,
+                forward.cache,
+                self.layers.below,
             )
         shorten_layer(inputs, forward.source, forward.cache.generation.lower.index.shape[1])
         return (), inputs
@@ -437,26 +442,13 @@ class Engine:
             keys = upper.key_mask(forward.attention_mask, total, query.device, forward.decodes)
             length = total - upper.start if forward.decodes else total
             new = total if forward.prefill else forward.length
-            forward.upper_masks[query.device] = native_mask(
-                self.implementation, self.decoder.config, query, new, length, keys
-            )
+            if keys is not None or new > 1:
+                keys = compat.native_mask(
+                    self.implementation, self.decoder.config, query, new, length, keys
+                )
+            forward.upper_masks[query.device] = keys
         mask = forward.upper_masks[query.device]
         if isinstance(mask, Tensor) and mask.ndim == 4:
             # Layers that share keys may be asked for the newest tokens only.
             mask = mask[:, :, -query.shape[2] :]
         return mask
-
-
-def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a forward by name, the cache by the newest one.
-
-    A user may pass the cache by its old name; hooks run before transformers renames it.
-    """
-    if not args and "past_key_values" not in kwargs:
-        return kwargs
-    names = compat.parameters(module)
-    inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-    if "past_key_values" in inputs and "past_key_values" not in names and "cache" in names:
-        old = inputs.pop("past_key_values")
-        inputs["cache"] = old if inputs.get("cache") is None else inputs["cache"]
-    return inputs

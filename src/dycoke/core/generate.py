@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from dycoke.compat import BATCHING, CANDIDATES, POSITIONS, cache_of
 from dycoke.core.cache_rules import DycokeCache
-from dycoke.core.records import Records
 from dycoke.errors import UnsupportedError
 from dycoke.patching import Patches
+
+if TYPE_CHECKING:
+    from dycoke.core.engine import Engine
 
 
 class _Local(threading.local):
@@ -25,35 +27,20 @@ class _Local(threading.local):
 class GenerateHooks:
     """Positions after a cached prompt; candidates noticed or refused; no continuous batching.
 
-    Parameters
-    ----------
-    patches : where the replaced methods are written down, to be given back.
-    model : the transformers model.
-    given : what the user passed, which may wrap it.
-    records : is told of each call of generate.
-    idle : whether the method compresses nothing, so that generate may do whatever it can.
-    chooses : whether the method attends to a part of the video, so that checking several
-        candidates at once would give another answer.
+    And who called: what ran in one call of generate belongs together, see `Records`.
     """
 
-    def __init__(
-        self,
-        patches: Patches,
-        model: Any,
-        given: Any,
-        records: Records,
-        idle: bool,
-        chooses: bool,
-    ) -> None:
-        self._records, self._chooses, self._local = records, chooses, _Local()
+    def __init__(self, engine: Engine, patches: Patches) -> None:
+        self._engine, self._local = engine, _Local()
+        model = engine.model
         if not hasattr(type(model), "generate"):  # a bare base model
             return
         for name, make in ((POSITIONS, self._positions), (CANDIDATES, self._candidates)):
             inner = getattr(model, name)
             patches.replace(model, name, functools.wraps(inner)(make(inner)))
-        if not idle and hasattr(model, BATCHING):
+        if not engine.method.idle and hasattr(model, BATCHING):
             patches.replace(model, BATCHING, _refuse_batching)
-        for module in {id(m): m for m in (model, given)}.values():
+        for module in {id(m): m for m in (model, engine.given)}.values():
             if callable(inner := getattr(module, "generate", None)):
                 who = type(module).__name__
                 patches.replace(module, "generate", functools.wraps(inner)(self._call(inner, who)))
@@ -64,12 +51,20 @@ class GenerateHooks:
         return self._local.speculative
 
     def _call(self, inner: Callable[..., Any], who: str) -> Callable[..., Any]:
+        engine = self._engine
+
         def generate(*args: Any, **kwargs: Any) -> Any:
             before, self._local.speculative = self._local.speculative, False
+            forwards, engine.last_record = engine.forwards, None
             try:
-                return self._records.call(functools.partial(inner, *args, **kwargs), who)
+                with engine.records.call():
+                    output = inner(*args, **kwargs)
             finally:
                 self._local.speculative = before
+            if engine.forwards == forwards:
+                reason = f"{who}.generate() ran, and none of its forwards was of the hooked model"
+                engine.records.start(None, [], None, 0, reason)
+            return output
 
         return generate
 
@@ -86,7 +81,7 @@ class GenerateHooks:
 
     def _candidates(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         def candidates(*args: Any, **kwargs: Any) -> Any:
-            if self._chooses:
+            if self._engine.layers.kind != "none":
                 raise UnsupportedError(
                     "assisted and prompt-lookup decoding check several tokens in one forward, by "
                     "which a method would prune or drop others than in plain decoding: with "
@@ -124,10 +119,10 @@ def positions_after(cache: Any, inputs: dict[str, Any]) -> Tensor | None:
     return cache.generation.offset.positions(mask, length, length - cached, len(given))
 
 
-def state_positions(cache: DycokeCache, inputs: dict[str, Any]) -> None:
+def state_positions(cache: Any, inputs: dict[str, Any]) -> None:
     """Give a bare forward that goes on with a cache of ours its positions, in place."""
     ids = inputs.get("input_ids")
-    if ids is None or inputs.get("position_ids") is not None:
+    if ids is None:
         return
     if (positions := positions_after(cache, inputs)) is not None:
         positions = positions[..., -ids.shape[1] :]

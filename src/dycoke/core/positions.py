@@ -35,12 +35,6 @@ class PositionOffset:
     spatial: bool
     answered: bool = False
 
-    def step(self, decode: bool) -> None:
-        """Note a forward: a decode step, or several tokens at once."""
-        if not decode and self.answered:
-            self.now = self.turn
-        self.answered |= decode
-
     def positions(self, mask: Tensor | None, length: int, new: int, batch: int) -> Tensor:
         """Positions of ``length`` tokens, the last ``new`` not cached yet.
 

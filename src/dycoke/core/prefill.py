@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dycoke.core.cache import RowMap
+from dycoke.core.cache import Generation, RowMap
+from dycoke.core.layers import Kind
 from dycoke.core.method import EncoderAttention, Method, VideoContext, VisualTokens
+from dycoke.core.positions import PositionOffset
+from dycoke.core.records import Record
 from dycoke.errors import UnsupportedError
 from dycoke.merging import retained_count
 from dycoke.models import VideoSpan
@@ -191,6 +194,32 @@ def shorten(
     _deepstack(inputs, rows)
     _check_rest(inputs, batch, length)
     return rows, masks
+
+
+def start(
+    rows: Arrangement,
+    method: Method,
+    kind: Kind,
+    prompt: Tensor,
+    offset: PositionOffset,
+    record: Record,
+) -> Generation:
+    """The generation that begins with a shortened prompt, (B, S) token ids as in `prompt_of`."""
+    return Generation(
+        method=method,
+        kind=kind,
+        prompt=prompt,
+        prompt_length=prompt.shape[1],
+        length=0,
+        lower=rows.lower,
+        upper=rows.upper,
+        visual=rows.visual,
+        lower_rows=rows.lower_rows,
+        upper_rows=rows.upper_rows,
+        dropped=rows.dropped[:, -1],
+        offset=offset,
+        record=record,
+    )
 
 
 def _gather(values: Tensor, rows: Arrangement) -> Tensor:

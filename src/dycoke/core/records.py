@@ -6,7 +6,8 @@ import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from dycoke.compat import cache_of
 from dycoke.core.method import Method, VisualTokens
 from dycoke.models import VideoSpan
 from dycoke.report import Report, SampleReport, VideoReport, share
@@ -67,7 +69,7 @@ class Record:
     below : share of the layers that hold all rows, see `LayerPlan`.
     attended : Tensor, long, (B,): visual tokens that a decode step attends to; None where nothing
         was touched.
-    refreshes, recalled : Tensor, long, (B,), without the first selection; None before the first.
+    refreshes, recalled : Tensor, long, (B,), without the first selection; 0 before that.
     length : logical tokens in the cache; without one, the input length of the last forward.
     kv_bytes : bytes of the storages that the cache held after the last forward.
     rows : bytes of one row, and the window, or None, of each cache layer that has rows.
@@ -83,8 +85,8 @@ class Record:
     trace: Trace | None = None
     below: float = 1.0
     attended: Tensor | None = None
-    refreshes: Tensor | None = None
-    recalled: Tensor | None = None
+    refreshes: Tensor | int = 0
+    recalled: Tensor | int = 0
     decode_steps: int = 0
     length: int = 0
     kv_bytes: int = 0
@@ -92,12 +94,6 @@ class Record:
     states: int = 0
     number: int = 0
     secondary: bool = False
-
-    def add(self, refreshed: Tensor, recalled: Tensor) -> None:
-        """Count a selection that was not the first one; both of shape (B,)."""
-        zeros = torch.zeros_like(recalled)
-        self.refreshes = (zeros if self.refreshes is None else self.refreshes) + refreshed
-        self.recalled = (zeros if self.recalled is None else self.recalled) + recalled
 
     def measure(self, cache: Any) -> None:
         """Read from the cache what its layers hold."""
@@ -113,23 +109,21 @@ class Record:
     def next_turn(self) -> Record:
         """The record of a follow-up turn on the same cache."""
         trace = self.trace and Trace([SampleTrace(s.keep) for s in self.trace.samples])
-        return replace(
-            self, trace=trace, refreshes=None, recalled=None, decode_steps=0, secondary=False
-        )
+        return replace(self, trace=trace, refreshes=0, recalled=0, decode_steps=0, secondary=False)
 
     def map_batch(self, pick: Callable[[Tensor], Tensor]) -> None:
         """Follow beams and copies of the cache's rows."""
         order = pick(torch.arange(len(self.videos))).tolist()
         self.videos = [self.videos[i] for i in order]
         for name in ("attended", "refreshes", "recalled"):
-            if (counts := getattr(self, name)) is not None:
+            if isinstance(counts := getattr(self, name), Tensor):
                 setattr(self, name, pick(counts))
         if self.trace is not None:
             self.trace.samples = [self.trace.samples[i].copy() for i in order]
 
     def report(self) -> Report:
         counts = (self.attended, self.refreshes, self.recalled)
-        columns = [[0] * len(self.videos) if c is None else c.tolist() for c in counts]
+        columns = [c.tolist() if isinstance(c, Tensor) else [0] * len(self.videos) for c in counts]
         if self.attended is None:
             columns[0] = [sum(v.visual_tokens for v in videos) for videos in self.videos]
         samples = tuple(
@@ -204,7 +198,6 @@ class _Local(threading.local):
     """A thread's own: the calls of generate in progress, and its newest generation."""
 
     depth: int = 0
-    forwards: int = 0
     first: Record | None = None
     newest: Record | None = None
 
@@ -294,34 +287,27 @@ class Records:
             return None
         return newest
 
-    def measure(self, record: Record, cache: Any, length: int) -> None:
+    def measure(self, record: Record, output: Any, length: int) -> None:
         """After an untouched forward of ``length`` tokens: what its cache holds, if it has one."""
         record.length = length
+        cache = cache_of(output) if isinstance(output, Mapping) else None
         if cache is not None:
             self._by_cache[cache] = record
             record.measure(cache)
 
     # Calls of generate
 
-    def forward(self) -> None:
-        """A forward of the decoder that is hooked."""
-        self._local.forwards += 1
-
-    def call(self, generate: Callable[[], Any], who: str) -> Any:
-        """Run a call of generate, and say so where none of its forwards came by."""
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """A call of generate: the first generation inside is what it is about."""
         local = self._local
-        outermost = not local.depth
-        if outermost:
-            local.first, local.forwards = None, 0
+        if not local.depth:
+            local.first = None
         local.depth += 1
         try:
-            output = generate()
+            yield
         finally:
             local.depth -= 1
-        if outermost and not local.forwards:
-            reason = f"{who}.generate() ran, and none of its forwards was one of the hooked model"
-            self.start(None, [], None, 0, reason)
-        return output
 
 
 def _tensors(layer: Any) -> Iterable[Tensor]:

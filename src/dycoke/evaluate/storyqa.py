@@ -124,7 +124,7 @@ class StoryQA:
     def __init__(self, assistant: Assistant, split: str, first: int, count: int) -> None:
         self.model, self.processor = assistant.model, assistant.processor
         self.split, self.first, self.count = split, first, count
-        self._features: dict[int, tuple[Tensor, Any]] = {}
+        self._features: dict[stories.Story, tuple[Tensor, Any]] = {}
         # transformers 5.17 takes pixels only, and encodes them again for every prompt.
         self._takes_features = (
             "mm_encoder_outputs" in inspect.signature(self.model.forward).parameters
@@ -190,7 +190,7 @@ class StoryQA:
         Beside them the vision encoder's scores and keys, where the method ``wants`` them: it must
         be on the model then.
         """
-        known = self._features.get(story.seed)
+        known = self._features.get(story)
         if known is None or (wants and known[1] is None):
             pixels = self.processor.video_processor([stories.render(story)], return_tensors="pt")
             ready, vision = pixels["pixel_values_videos"].to(self.model.device), None
@@ -198,7 +198,7 @@ class StoryQA:
             if self._takes_features:
                 output = self.model.model.get_video_features(ready, return_dict=True)
                 ready, vision = output.pooler_output, getattr(output, "vision", None)
-            known = self._features[story.seed] = ready[0], vision and vision[0]
+            known = self._features[story] = ready[0], vision and vision[0]
         return known
 
     def _videos(self, told: Sequence[stories.Story], wants: bool) -> dict[str, Any]:

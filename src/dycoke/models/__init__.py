@@ -27,13 +27,14 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from math import isqrt
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dycoke.encoder import PIXELS
 from dycoke.errors import UnsupportedError
 
 
@@ -86,6 +87,10 @@ class Prompt:
         encoded it before the forward (transformers 5.18 and newer).
     kind : "video" or "image"
         What is asked for. Images are, where they were declared to be frames.
+    counts : sequence of int or None
+        Frames of each video (image) that the vision encoder got, in its order; None where it was
+        called outside the block. Beams and further answers repeat a video, but not its count:
+        `counts_of`.
     """
 
     config: Any
@@ -94,6 +99,7 @@ class Prompt:
     inputs: Mapping[str, Any]
     encoded: Sequence[int] | None
     kind: str = "video"
+    counts: Sequence[int] | None = None
 
     @property
     def pixels(self) -> Any:
@@ -119,9 +125,10 @@ class Prompt:
 
         Returns
         -------
-        list of (sample, positions), positions long of shape (rows[i],)
+        list of (sample, positions), positions long of shape (rows[i],); none for rows of 0
         """
         places = (self.input_ids == token_id).nonzero()
+        rows = [n for n in rows if n]  # a sample without images may have an entry of its own
         if len(places) != sum(rows):
             raise UnsupportedError(
                 f"the prompt has {len(places)} {self.kind} placeholders where the {self.kind}s "
@@ -148,40 +155,81 @@ class Prompt:
             )
         return positions.view(-1, tokens_per_frame)
 
-    def runs(self, positions: Tensor) -> Tensor:
-        """Cut one video's positions where other tokens stand between: (F * N,) -> (F, N).
-
-        For families that write a timestamp before each frame.
-        """
-        starts = (positions.diff() > 1).nonzero()[:, 0].tolist()
-        ends = [-1, *starts, len(positions) - 1]
-        lengths = {end - start for start, end in pairwise(ends)}
-        if len(lengths) != 1:
+    def counts_of(self, samples: Sequence[int]) -> list[int] | None:
+        """Frames of each video, for videos in these samples; None where nothing tells."""
+        if self.counts is None:
+            return None
+        counts = [n for n in self.counts if n]
+        repeats = max(1, len(samples) // max(1, len(counts)))
+        if repeats * len(counts) != len(samples):
             raise UnsupportedError(
-                f"the video's frames take {sorted(lengths)} placeholders each, where all should "
-                "take as many; was the prompt built by hand? Pass the processor's output unchanged"
+                f"the prompt has {len(samples)} {self.kind}s where the encoder got {len(counts)}; "
+                "pass the processor's output unchanged"
             )
-        return self.frames(positions, lengths.pop())
+        # Of a repeated sample the first has the counts.
+        known: dict[int, list[int]] = {}
+        firsts = [sample for sample in samples if sample % repeats == 0]
+        for sample, count in zip(firsts, counts, strict=True):
+            known.setdefault(sample, []).append(count)
+        left = {sample: iter(known[sample - sample % repeats]) for sample in samples}
+        return [next(left[sample]) for sample in samples]
+
+    def cut(self, token_id: int, rows: Sequence[int]) -> list[tuple[int, Tensor]]:
+        """The videos of ``token_id`` in the frames that the encoder got.
+
+        For families whose frames are of any size, and whose prompts need not show where one ends.
+
+        Returns
+        -------
+        list of (sample, positions), positions long of shape (F, N)
+        """
+        videos = self.split(token_id, rows)
+        counts = self.counts_of([sample for sample, _ in videos])
+        if counts is None:
+            raise UnsupportedError(
+                f"nothing tells how many frames each {self.kind} has: its features were encoded "
+                "outside the block, or cut by prefill_chunk_size. Call generate() with the "
+                "processor's output inside the block, and prefill at once, or pass layout="
+            )
+        for (_, places), count in zip(videos, counts, strict=True):
+            if len(places) % count:
+                raise UnsupportedError(
+                    f"{len(places)} {self.kind} tokens are not {count} frames of one size, as the "
+                    "encoder got them; pass the processor's output unchanged"
+                )
+        return [
+            (sample, places.view(count, -1))
+            for (sample, places), count in zip(videos, counts, strict=True)
+        ]
 
     def packed(self, token_id: int) -> list[tuple[int, Tensor, tuple[int, int]]]:
         """The videos of a family that takes all patches as one list, with a grid per video.
 
         Returns
         -------
-        list of (sample, positions, grid), positions long of shape (F * N,), grid as in `VideoSpan`
+        list of (sample, positions, grid), positions long of shape (F, N), grid as in `VideoSpan`
         """
         merge = self.config.vision_config.spatial_merge_size
         grids, rows = self.grids, self.encoded
+        filled = None if grids is None else (grids.prod(-1) // merge**2).tolist()
         if rows is None:
-            if grids is None or self.pixels is None:
+            if filled is None or self.pixels is None:
                 return []
-            rows = (grids.prod(-1) // merge**2).tolist()
+            rows = filled
+        elif filled is not None and list(rows) != filled:
+            raise UnsupportedError(
+                f"{self.kind}_grid_thw is of {filled} tokens per {self.kind}, and the encoder made "
+                f"{list(rows)} of them; pass the grids of what was encoded"
+            )
         videos = self.split(token_id, rows)
         if grids is None:
             shapes = [self._grid(sample, places) for sample, places in videos]
         else:
             shapes = [(height // merge, width // merge) for _, height, width in grids.tolist()]
-        return [(*video, shape) for video, shape in zip(videos, shapes, strict=True)]
+        return [
+            (sample, self.frames(places, shape[0] * shape[1]), shape)
+            for (sample, places), shape in zip(videos, shapes, strict=True)
+        ]
 
     def _grid(self, sample: int, places: Tensor) -> tuple[int, int]:
         """Rows and columns of a frame, from the height and width positions of its video.
@@ -197,14 +245,18 @@ class Prompt:
                 "processor's whole output to generate()"
             )
         run = places[: int((places.diff() == 1).long().cumprod(0).sum()) + 1]
-        height, width = ids[-2:, sample, run]
-        return int(height.max() - height.min()) + 1, int(width.max() - width.min()) + 1
+        sides = [int(side.max() - side.min()) + 1 for side in ids[-2:, sample, run]]
+        if len(run) % (sides[0] * sides[1]):
+            raise UnsupportedError(
+                f"{len(run)} {self.kind} tokens behind each other do not have the positions of "
+                f"whole frames; pass the processor's mm_token_type_ids, or {self.kind}_grid_thw, "
+                "and prefill at once, without prefill_chunk_size"
+            )
+        return sides[0], sides[1]
 
 
 Layout = Callable[[Prompt], list[VideoSpan]]
 """Finds the videos of a prompt; a family's own, or one that a user passes."""
-
-PIXELS = {"video": "pixel_values_videos", "image": "pixel_values"}
 
 Masks = Callable[[Any, Mapping[str, Any], Mapping[str, Any], Tensor], dict[str, Any] | None]
 """Makes a prompt's masks anew once it is shortened, or returns None where the usual ones do.
@@ -212,6 +264,12 @@ Masks = Callable[[Any, Mapping[str, Any], Mapping[str, Any], Tensor], dict[str, 
 Takes the model's config, what the model received, what its decoder will receive (shortened), and
 the prompt position of each row that stayed, (B, R). Returns a mask per kind of layer.
 """
+
+
+def square(tokens: int) -> tuple[int, int]:
+    """The grid of a frame of so many tokens: a square where they make one, else a row."""
+    side = isqrt(tokens)
+    return (side, side) if side**2 == tokens else (1, tokens)
 
 
 @cache
@@ -257,4 +315,4 @@ def limits(family: ModuleType) -> list[str]:
     return [*found, *getattr(family, "NOTES", ())]
 
 
-__all__ = ["Prompt", "VideoSpan", "families", "family_of", "frame_kinds", "limits"]
+__all__ = ["Prompt", "VideoSpan", "families", "family_of", "frame_kinds", "limits", "square"]

@@ -1,4 +1,4 @@
-"""Gemma 4: a time, then one run of placeholders per frame, all frames of a video equally many."""
+"""Gemma 4: a time before each frame, all frames of a video of one size."""
 
 from __future__ import annotations
 
@@ -29,12 +29,11 @@ def layout(prompt: Prompt) -> list[VideoSpan]:
         frames = prompt.inputs.get("num_frames_per_video")
         videos = tokens if frames is None else tokens.split(frames.tolist())
         rows = [int(video.sum()) for video in videos]
-    spans = []
-    for sample, places in prompt.split(prompt.token_id, rows):
-        positions = prompt.runs(places)
+    return [
         # generate() drops the patch positions, so a frame's tokens are one row.
-        spans.append(VideoSpan(sample, positions, (1, positions.shape[1])))
-    return spans
+        VideoSpan(sample, frames, (1, frames.shape[1]))
+        for sample, frames in prompt.cut(prompt.token_id, rows)
+    ]
 
 
 def masks(

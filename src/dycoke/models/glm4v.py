@@ -15,7 +15,4 @@ NOTES = ("beams and several answers fail in transformers 5.18 and newer itself",
 
 
 def layout(prompt: Prompt) -> list[VideoSpan]:
-    return [
-        VideoSpan(sample, prompt.runs(places), grid)
-        for sample, places, grid in prompt.packed(prompt.config.image_token_id)
-    ]
+    return [VideoSpan(*video) for video in prompt.packed(prompt.config.image_token_id)]

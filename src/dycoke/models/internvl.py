@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from math import isqrt
-
-from dycoke.models import Prompt, VideoSpan
+from dycoke.models import Prompt, VideoSpan, square
 
 MODEL_TYPES = ("internvl",)
 ROPE = "1-D"
@@ -18,11 +16,11 @@ NOTES = ("beams and several answers mix up frames in transformers 5.17 itself",)
 def layout(prompt: Prompt) -> list[VideoSpan]:
     rows = prompt.encoded  # per tile
     if rows is None:
-        patch, ratio = prompt.config.vision_config.patch_size[0], prompt.config.downsample_ratio
-        tiles, _, size, _ = prompt.pixels.shape
-        rows = [int(size // patch * ratio) ** 2] * tiles
-    spans = []
-    for sample, places in prompt.split(prompt.token_id, rows):
-        side = isqrt(len(places))
-        spans.append(VideoSpan(sample, prompt.frames(places, side * side), (side, side)))
-    return spans
+        patches, ratio = prompt.config.vision_config.patch_size, prompt.config.downsample_ratio
+        tiles, _, *sides = prompt.pixels.shape
+        height, width = (int(s // p * ratio) for s, p in zip(sides, patches, strict=True))
+        rows = [height * width] * tiles
+    return [
+        VideoSpan(sample, places[None], square(len(places)))
+        for sample, places in prompt.split(prompt.token_id, rows)
+    ]

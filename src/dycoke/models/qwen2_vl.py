@@ -18,10 +18,7 @@ CHECKPOINTS = ("Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct")
 
 
 def layout(prompt: Prompt) -> list[VideoSpan]:
-    return [
-        VideoSpan(sample, prompt.frames(places, grid[0] * grid[1]), grid)
-        for sample, places, grid in prompt.packed(prompt.token_id)
-    ]
+    return [VideoSpan(*video) for video in prompt.packed(prompt.token_id)]
 
 
 def encoder_order(vision: Any, grid: tuple[int, int, int]) -> Tensor:

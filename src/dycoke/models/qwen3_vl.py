@@ -14,7 +14,4 @@ NOTES = ("Qwen3.5: linear attention layers see all that merging left, only the o
 
 
 def layout(prompt: Prompt) -> list[VideoSpan]:
-    return [
-        VideoSpan(sample, prompt.runs(places), grid)
-        for sample, places, grid in prompt.packed(prompt.token_id)
-    ]
+    return [VideoSpan(*video) for video in prompt.packed(prompt.token_id)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dycoke.models import Prompt, VideoSpan
+from dycoke.models import Prompt, VideoSpan, square
 
 MODEL_TYPES = ("smolvlm",)
 ROPE = "1-D"
@@ -14,11 +14,12 @@ CHECKPOINTS = ("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "HuggingFaceTB/SmolVLM2-5
 
 
 def layout(prompt: Prompt) -> list[VideoSpan]:
-    vision = prompt.config.vision_config
-    side = vision.image_size // vision.patch_size // prompt.config.scale_factor
-    # The encoder gives one block of rows per sample, however many images it holds.
-    counts = (prompt.input_ids == prompt.token_id).sum(1).tolist()
+    # The encoder gives one block of rows per sample, however many images it holds, or, in older
+    # versions, one per image.
+    rows = (prompt.input_ids == prompt.token_id).sum(1).tolist()
+    if prompt.encoded is not None and sum(prompt.encoded) != sum(rows):
+        rows = list(prompt.encoded)  # which `cut` refuses
     return [
-        VideoSpan(sample, prompt.frames(places, side * side), (side, side))
-        for sample, places in prompt.split(prompt.token_id, [n for n in counts if n])
+        VideoSpan(sample, images, square(images.shape[1]))
+        for sample, images in prompt.cut(prompt.token_id, rows)
     ]

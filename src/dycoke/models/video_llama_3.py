@@ -27,8 +27,7 @@ def layout(prompt: Prompt) -> list[VideoSpan]:
         if prompt.grids is None or merge is None:
             return []
         rows = (prompt.grids.prod(-1) // merge**2).tolist()
-    spans = []
-    for sample, places in prompt.split(prompt.token_id, rows):
-        frames = prompt.runs(places)
-        spans.append(VideoSpan(sample, frames, (1, frames.shape[1])))
-    return spans
+    return [
+        VideoSpan(sample, frames, (1, frames.shape[1]))
+        for sample, frames in prompt.cut(prompt.token_id, rows)
+    ]
