@@ -75,12 +75,12 @@ def _arrange(times: list[int], count: int, stream: VideoStream) -> Listing:
 def list_packets(file: str, wanted: int | None, max_picture: int) -> Listing:
     """Choose a stream, and list the frames that its packets promise, without decoding."""
     begin, end = Fraction(1 << 63), Fraction(-1 << 63)  # seconds, of all that the file holds
-    with opened(file, max_picture) as container:
+    with opened(file) as container:
         streams = videos(file, container, wanted)
         found = {stream.index: _Packets() for stream in streams}
         # A transport stream is searched by decoding time, everything else by presentation time.
         by_decoding = container.format.name == "mpegts"
-        for packet in container.demux():
+        for packet in container.demux(*container.streams):
             if not packet.size or packet.is_discard:  # the end, or cut away by an edit list
                 continue
             time, packets = packet.pts, found.get(packet.stream_index)
@@ -119,7 +119,7 @@ def list_frames(file: str, promised: Listing) -> Listing:
     """List the frames by decoding all of them: slow, but right where packets mislead."""
     times: list[int] = []
     count, flaw = 0, promised.flaw
-    with opened(file, promised.max_picture) as container:
+    with opened(file) as container:
         stream = promised.take(file, container)
         try:
             for frame in container.decode(stream):

@@ -59,15 +59,19 @@ def check_file(file: str) -> None:
 
 
 @contextmanager
-def opened(file: str, max_picture: int = PICTURE) -> Iterator[InputContainer]:
-    """The file's container; no decoder in it makes a picture of more pixels than that."""
+def opened(file: str) -> Iterator[InputContainer]:
+    """The file's container.
+
+    FFmpeg decodes one picture here where a header tells too little; by itself it takes none of more
+    than 2 ** 28 pixels. PyAV 15 crashes where a decoder is given options already now.
+    """
     options = {
         "protocol_whitelist": "file",
         "format_whitelist": ",".join(sorted(av.formats_available - FOLLOWING)),
-        "max_pixels": str(max_picture),
     }
     # "file:" keeps FFmpeg from taking a name such as "a:b.mp4" for a network address.
-    with av.open("file:" + file, metadata_errors="ignore", options=options) as container:
+    name = "file:" + file
+    with av.open(name, metadata_errors="ignore", container_options=options) as container:
         yield container
 
 
@@ -78,7 +82,9 @@ def videos(file: str, container: InputContainer, wanted: int | None) -> list[Vid
         named = [stream for stream in every if stream.index == wanted]
         if not named:
             there = ", ".join(str(stream.index) for stream in every) or "none"
-            raise VideoError(f"{file}: stream {wanted} is no video stream; those are: {there}")
+            raise VideoError(
+                f"{file}: stream {wanted} is no video stream; of that kind are: {there}"
+            )
         return named
     found = [stream for stream in every if not stream.disposition & BESIDE]
     if any(stream.disposition & Disposition.dependent for stream in every) and not found:
@@ -106,7 +112,10 @@ def choose(
     if len(moving) == 1 or not longest:
         return chosen, ""
     those = ", ".join(str(stream.index) for stream in moving)
-    return chosen, f"video streams {those}, of which {chosen.index} is read (stream=)"
+    return (
+        chosen,
+        f"video streams {those}, of which {chosen.index} is read; name another by its number (stream=, --stream)",
+    )
 
 
 def make_ready(file: str, stream: VideoStream, max_picture: int = PICTURE) -> None:
@@ -137,8 +146,8 @@ def unreadable(file: str, error: av.FFmpegError) -> VideoError:
     """What to say where FFmpeg cannot open a file or take it apart."""
     if error.errno == errno.EINVAL:
         return VideoError(
-            f"{file}: not a readable video; text, playlists and lists of files are not followed "
-            f"({error.strerror})"
+            f"{file}: not a readable video, but too large, text, or a list of other files, which is "
+            f"not followed ({error.strerror})"
         )
     if isinstance(error, UNSUPPORTED):
         return VideoError(f"{file}: not supported by this FFmpeg ({error.strerror}); {CONVERT}")
@@ -155,6 +164,6 @@ def undecodable(file: str, codec: str, error: av.FFmpegError) -> VideoError:
         if head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and head[20] & 2:
             return VideoError(f"{file}: an animated WebP, which FFmpeg does not decode; {CONVERT}")
     return VideoError(
-        f"{file}: none of its {codec} frames decodes ({error.strerror}): damaged, encrypted, or "
-        f"not supported by this FFmpeg; {CONVERT}"
+        f"{file}: none of its {codec} frames decodes ({error.strerror}): damaged, encrypted, too "
+        f"large, or not supported by this FFmpeg; {CONVERT}"
     )

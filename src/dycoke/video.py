@@ -197,7 +197,7 @@ def _decode(
         raise listing.broken(file, len(listing.times), listing.flaw)
     images, note = np.empty(0, np.uint8), ""
     size = 0, 0
-    with opened(file, listing.max_picture) as container:
+    with opened(file) as container:
         stream = listing.take(file, container)
         tagged = turn_of_image(file) if is_image(container) else None
         decoded = container.decode(stream)
@@ -234,7 +234,7 @@ def _decode(
                 images = np.empty((len(indices), *size, 3), np.uint8)
                 if size != whole:
                     note = f"frames of {whole[1]} x {whole[0]} pixels are read at {size[1]} x "
-                    note += f"{size[0]} (max_pixels=)"
+                    note += f"{size[0]} (max_pixels=, --max-pixels)"
             images[done] = to_rgb(frame, turn, size)
             if progress is not None:
                 progress(done + 1, len(indices))
