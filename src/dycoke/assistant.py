@@ -70,8 +70,8 @@ def metadata_of(video: Video) -> VideoMetadata:
     """What a processor is told of a clip, so that the times it works out are the true ones.
 
     Processors take place / fps for the time of a frame. Where that is not when it is shown, the
-    frames are told as places in a clip of `CLOCK` frames a second. Qwen2.5-VL knows one step for all
-    frames, length / number of frames: it gets the mean step between those that were sampled.
+    frames are told as places in a clip of `CLOCK` frames a second. Qwen2.5-VL knows one step for
+    all, length / number of frames: it gets the mean step between those that were sampled.
     """
     places, fps, total = list(video.indices), video.fps, video.total_frames
     if not video.even:

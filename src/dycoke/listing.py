@@ -78,41 +78,42 @@ def list_packets(file: str, wanted: int | None, max_picture: int) -> Listing:
     with opened(file) as container:
         streams = videos(file, container, wanted)
         found = {stream.index: _Packets() for stream in streams}
-        # A transport stream is searched by decoding time, everything else by presentation time.
         by_decoding = container.format.name == "mpegts"
         for packet in container.demux(*container.streams):
             if not packet.size or packet.is_discard:  # the end, or cut away by an edit list
                 continue
-            time, packets = packet.pts, found.get(packet.stream_index)
-            if packets is not None:
-                packets.count += 1
-            if time is None or not packet.time_base:
+            time = packet.dts if packet.pts is None else packet.pts
+            if time is not None and packet.time_base:
+                begin = min(begin, time * packet.time_base)
+                end = max(end, (time + (packet.duration or 0)) * packet.time_base)
+            packets = found.get(packet.stream_index)
+            if packets is None:
                 continue
-            begin = min(begin, time * packet.time_base)
-            end = max(end, (time + (packet.duration or 0)) * packet.time_base)
-            if packets is not None:
-                packets.times.append(time)
+            packets.count += 1
+            if packet.pts is not None:
+                packets.times.append(packet.pts)
                 if packet.is_keyframe:
-                    at = packet.dts if by_decoding and packet.dts is not None else time
-                    packets.seeks.append((time, at))
+                    # A transport stream is searched by decoding time, all else by presentation.
+                    at = packet.dts if by_decoding and packet.dts is not None else packet.pts
+                    packets.seeks.append((packet.pts, at))
         stream, note = choose(streams, {s.index: found[s.index].span(s) for s in streams})
         make_ready(file, stream, max_picture)
         packets = found[stream.index]
         listing = _arrange(sorted(packets.times), packets.count, stream)
-        listing = replace(listing, max_picture=max_picture, note=note)
-        if not listing.timed:
-            return listing
-        keys = sorted((bisect_left(listing.times, time), at) for time, at in packets.seeks)
+        keys: list[tuple[int, int]] = []
+        if listing.timed:
+            keys = sorted((bisect_left(listing.times, time), at) for time, at in packets.seeks)
         total, flaw = packets.count, ""
         # Where no stream reaches the length that the file states, its end is missing. Most formats
         # state the time from the first to the last, some that from zero.
         stated = Fraction(container.duration or 0, av.time_base)
         if container.format.name in FROM_ZERO:
             stated -= begin
-        if stated - (end - begin) > max(stated * SLACK[0], SLACK[1], 2 / listing.rate):
+        lacks = stated - (end - begin)
+        if end > begin and lacks > max(stated * SLACK[0], SLACK[1], 2 / listing.rate):
             guess = round(total * stated / max(end - begin, 1 / listing.rate))
             total, flaw = max(total + 1, stream.frames or guess), "the file ends early"
-    return replace(listing, total=total, flaw=flaw, keys=keys)
+    return replace(listing, total=total, flaw=flaw, max_picture=max_picture, note=note, keys=keys)
 
 
 def list_frames(file: str, promised: Listing) -> Listing:

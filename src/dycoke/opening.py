@@ -112,10 +112,8 @@ def choose(
     if len(moving) == 1 or not longest:
         return chosen, ""
     those = ", ".join(str(stream.index) for stream in moving)
-    return (
-        chosen,
-        f"video streams {those}, of which {chosen.index} is read; name another by its number (stream=, --stream)",
-    )
+    note = f"video streams {those}, of which {chosen.index} is read; name one by its number: "
+    return chosen, f"{note}stream= (--stream)"
 
 
 def make_ready(file: str, stream: VideoStream, max_picture: int = PICTURE) -> None:
@@ -146,8 +144,8 @@ def unreadable(file: str, error: av.FFmpegError) -> VideoError:
     """What to say where FFmpeg cannot open a file or take it apart."""
     if error.errno == errno.EINVAL:
         return VideoError(
-            f"{file}: not a readable video, but too large, text, or a list of other files, which is "
-            f"not followed ({error.strerror})"
+            f"{file}: not a readable video, but text, too large, or a list of other files, none "
+            f"of which is followed ({error.strerror})"
         )
     if isinstance(error, UNSUPPORTED):
         return VideoError(f"{file}: not supported by this FFmpeg ({error.strerror}); {CONVERT}")
