@@ -151,7 +151,7 @@ def side_by_side(path: Path, *counts: int, rate: int = 25, default: int | None =
             streams.append(stream)
         if default is not None:
             for at, stream in enumerate(streams):
-                stream.disposition = av.stream.Disposition(at == default)
+                stream.disposition = int(at == default)
         for value in range(max(counts)):
             for at, (stream, count) in enumerate(zip(streams, counts, strict=True)):
                 if value < count:
