@@ -61,11 +61,13 @@ def render(
     options: dict[str, str] | None = None,
     muxer: dict[str, str] | None = None,
     metadata: dict[str, str] | None = None,
+    aspect: Fraction | None = None,
 ) -> Path:
     """Write `count` pictures of `size` (height, width), numbered from 0, and return the path.
 
     `times` are presentation times in milliseconds (default: `rate` pictures a second). `sound`
-    adds that many seconds of silence; with a `count` of 0 it is all there is.
+    adds that many seconds of silence; with a `count` of 0 it is all there is. `aspect` is the width
+    of a pixel over its height.
     """
     height, width = size
     clock = Fraction(1, 1000) if times else Fraction(1, rate)
@@ -74,6 +76,8 @@ def render(
         if count:
             video = container.add_stream(codec, rate=rate, options=options or {})
             video.width, video.height, video.pix_fmt = width, height, pix_fmt
+            if aspect is not None:
+                video.codec_context.sample_aspect_ratio = aspect
             video.codec_context.gop_size, video.codec_context.time_base = gop, clock
         audio = container.add_stream("aac", rate=16000, layout="mono") if sound else None
         for value in range(count):
@@ -96,13 +100,18 @@ def _silence(container: Any, stream: Any, seconds: float) -> None:
     container.mux(stream.encode(None))
 
 
-def remux(source: Path, path: Path, *, skip: int = 0, shift: int = 0) -> Path:
+def remux(
+    source: Path, path: Path, *, skip: int = 0, shift: int = 0, muxer: dict[str, str] | None = None
+) -> Path:
     """Copy a clip's packets, without the first `skip` of them, `shift` ticks earlier.
 
     Times below zero become an edit list in mp4: pictures that are stored, and not shown.
     """
     options = {"avoid_negative_ts": "disabled"} if shift else {}
-    with av.open(str(source)) as old, av.open(str(path), "w", options=options) as new:
+    with (
+        av.open(str(source)) as old,
+        av.open(str(path), "w", options=options | (muxer or {})) as new,
+    ):
         stream = new.add_stream_from_template(old.streams.video[0])
         for place, packet in enumerate(old.demux(video=0)):
             if packet.size and place >= skip:
@@ -114,13 +123,55 @@ def remux(source: Path, path: Path, *, skip: int = 0, shift: int = 0) -> Path:
 
 def turn(path: Path, degrees: int) -> Path:
     """Tell players, in an mp4's track header, to turn the picture clockwise."""
+    cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    return place(path, cos, sin, -sin, cos)
+
+
+def place(path: Path, a: float, b: float, c: float, d: float) -> Path:
+    """Tell players, in an mp4's track header, to show (x, y) at (a x + c y, b x + d y)."""
     data = bytearray(path.read_bytes())
     at = data.index(b"tkhd") + 44  # name 4, version and flags 4, numbers and times 20, layer 16
-    cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
-    one = 1 << 16  # 16.16 fixed point; the last column is 2.30
-    matrix = (cos * one, sin * one, 0, -sin * one, cos * one, 0, 0, 0, 1 << 30)
-    data[at : at + 36] = struct.pack(">9i", *matrix)
+    a, b, c, d = (round(value * (1 << 16)) for value in (a, b, c, d))  # 16.16 fixed point
+    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)  # the last is 2.30
     path.write_bytes(data)
+    return path
+
+
+def side_by_side(path: Path, *counts: int, rate: int = 25, default: int | None = None) -> Path:
+    """One video stream for each of `counts` pictures; stream s begins with picture 1000 s.
+
+    A stream of one picture is a still, smaller than the others.
+    """
+    with av.open(str(path), "w") as container:
+        streams = []
+        for count in counts:
+            stream = container.add_stream("libx264" if count > 1 else "mjpeg", rate=rate)
+            stream.width, stream.height = (64, 48) if count > 1 else (32, 24)
+            stream.pix_fmt = "yuv420p" if count > 1 else "yuvj420p"
+            streams.append(stream)
+        if default is not None:
+            for at, stream in enumerate(streams):
+                stream.disposition = int(at == default)
+        for value in range(max(counts)):
+            for at, (stream, count) in enumerate(zip(streams, counts, strict=True)):
+                if value < count:
+                    image = picture(1000 * at + value, stream.height, stream.width)
+                    frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+                    frame = frame.reformat(format=stream.pix_fmt)
+                    frame.pts, frame.time_base = value, Fraction(1, rate)
+                    container.mux(stream.encode(frame))
+        for stream in streams:
+            container.mux(stream.encode(None))
+    return path
+
+
+def claiming_gif(path: Path, width: int, height: int, count: int) -> Path:
+    """A GIF of a few bytes a picture, each of one pixel on a canvas of this size."""
+    data = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
+    for at in range(count):
+        data += b"\x21\xf9\x04\0\x0a\0\0\0"  # shown for a tenth of a second
+        data += b"\x2c" + struct.pack("<HHHHB", at, 0, 1, 1, 0) + b"\x02\x02\x4c\x01\0"
+    path.write_bytes(data + b";")
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import clips
 import pytest
 import torch
 from support import untouched
+from transformers import Qwen3VLProcessor
+from transformers.video_utils import VideoMetadata
 
 from dycoke import DyCoke, UnsupportedError
-from dycoke.assistant import Assistant, best_dtype
-from dycoke.video import VideoError, read
+from dycoke.assistant import Assistant, best_dtype, metadata_of
+from dycoke.video import Video, VideoError, read
 
 FRAMES = 20
 FUSED = ("qwen2_5_vl", "glm4v")  # two frames become one slice
@@ -128,6 +131,96 @@ def test_frame_counts(family: str, frames: int, load: Any, clip: Path) -> None:
     taken = min(frames, FRAMES)
     expected = -(-taken // 2) if family in FUSED else taken
     assert answer.report.samples[0].frames == expected
+
+
+# Times in the prompt
+
+SLOWING = [40 * i for i in range(30)] + [1200 + 7300 * i for i in range(10)]  # milliseconds
+
+
+def told(assistant: Assistant, video: Video, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Any]:
+    """The prompt as the processor hands it to the tokenizer, and the inputs."""
+    texts: list[Any] = []
+    kind = type(assistant.processor.tokenizer)
+    call = kind.__call__
+
+    def spy(self: Any, text: Any, *args: Any, **kwargs: Any) -> Any:
+        texts.append(text)
+        return call(self, text, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "__call__", spy)
+        inputs = assistant.prepare(video, "what happens")
+    return texts[-1][0], inputs
+
+
+@pytest.mark.parametrize("name", ["slowing.mkv", "slowing.mp4"])
+@every
+def test_a_prompt_tells_when_a_frame_is_shown(
+    family: str, name: str, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = read(clips.render(tmp_path / name, 40, times=SLOWING), 8)
+    seconds = [SLOWING[i] / 1000 for i in video.indices]
+    prompt, inputs = told(load(family), video, monkeypatch)
+    clocks = [f"{int(s // 60):02d}:{int(s % 60):02d}" for s in seconds]
+    expected: list[Any] = {
+        "video_llama_3": [f"{s:.1f}" for s in seconds],
+        "smolvlm": clocks,
+        "glm4v": [str(int(s)) for s in seconds[::2]],  # of each two frames the first
+    }.get(family, [])
+    pattern = {
+        "video_llama_3": r"Time ([\d.]+)s:",
+        "smolvlm": r"Frame from (\d\d:\d\d):",
+        "glm4v": r"<\|end_of_image\|>(\d+)",
+    }.get(family, r"^\b$")
+    assert re.findall(pattern, prompt) == expected
+    seen = load(family).watch(video)._ids
+    assert torch.equal(seen, inputs["input_ids"][:, : seen.shape[1]])
+    if family == "qwen2_5_vl":  # one step for all: of two frames, the mean
+        step = 2 * (seconds[-1] - seconds[0]) / 7
+        assert inputs["second_per_grid_ts"].tolist() == pytest.approx([step], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.ts", "clip.flv"])
+@every
+def test_a_clip_of_even_rate_gets_the_prompt_of_a_stock_call(
+    family: str, name: str, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Byte by byte, though times in some of these files are rounded to milliseconds."""
+    assistant = load(family)
+    video = read(clips.render(tmp_path / name, 40, rate=30), 7)
+    prompt, inputs = told(assistant, video, monkeypatch)
+    stock = VideoMetadata(
+        total_num_frames=40, fps=30.0, duration=40 / 30, frames_indices=list(video.indices)
+    )
+    monkeypatch.setattr("dycoke.assistant.metadata_of", lambda video: stock)
+    text, expected = told(assistant, video, monkeypatch)
+    assert prompt == text
+    assert inputs.keys() == expected.keys()
+    assert all((inputs[key] == expected[key]).all() for key in inputs)
+
+
+def test_what_every_other_processor_is_told(tmp_path: Path) -> None:
+    video = read(clips.render(tmp_path / "slowing.mp4", 40, times=SLOWING), 7)
+    seconds = [SLOWING[i] / 1000 for i in video.indices]
+    metadata = metadata_of(video)
+    assert metadata.timestamps == seconds
+    # Gemma 4 reads `timestamps`; Qwen3-VL and Qwen3.5 take the middle of two frames.
+    pairs = Qwen3VLProcessor._calculate_timestamps(
+        None, list(metadata.frames_indices), metadata.fps, 2
+    )
+    padded = [*seconds, seconds[-1]]
+    assert pairs == pytest.approx(
+        [(a + b) / 2 for a, b in zip(padded[::2], padded[1::2], strict=True)]
+    )
+    assert metadata.duration == video.duration
+    assert max(metadata.frames_indices) < metadata.total_num_frames
+
+
+def test_one_frame_of_an_uneven_clip(load: Any, tmp_path: Path) -> None:
+    video = read(clips.render(tmp_path / "slowing.mp4", 40, times=SLOWING), 1)
+    assert metadata_of(video).timestamps == [SLOWING[20] / 1000]
+    load("qwen2_5_vl").prepare(video, "what happens")
 
 
 class _Refusing:

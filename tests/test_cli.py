@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -191,6 +192,35 @@ def test_version_and_help(run: Any) -> None:
     for args in ((), ("--help",)):
         code, out, _ = run(*args)
         assert code == 0 and "Commands" in out
+
+
+def test_another_stream_and_fewer_pixels(run: Any, tmp_path: Path) -> None:
+    path = clips.side_by_side(tmp_path / "two.mkv", 9, 9)
+    args = ("run", path, "--frames", 9, "--max-new-tokens", 2, "--json")
+    code, out, err = run(*args)
+    assert code == 0 and out.count("\n") == 1
+    assert f"note: {path}: video streams 0, 1, of which 0 is read" in err
+    code, _, err = run(*args, "--stream", 1, "--max-pixels", 9 * 16 * 12)
+    assert code == 0 and "video streams" not in err
+    assert "frames of 64 x 48 pixels are read at 16 x 12" in err
+    code, out, err = run(*args, "--stream", 4)
+    assert (code, out) == (2, "")
+    assert err.endswith("stream 4 is no video stream; of that kind are: 0, 1\n")
+
+
+def test_what_cannot_be_read_twice(run: Any, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for path, message in (
+        (tmp_path / "pipe.mp4", "a pipe, and a clip is read twice; save it to a file first"),
+        ("-", "no such file; a clip is not read from standard input, save it to a file"),
+        (
+            clips.claiming_gif(tmp_path / "huge.gif", 16000, 16000, 40),
+            "pictures of 16000 x 16000 pixels, more than the limit of 67108864",
+        ),
+    ):
+        code, out, err = run("run", path, "--json")
+        assert (code, out) == (2, "")
+        assert f"{path}: {message}" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import tracemalloc
 import weakref
 from collections.abc import Iterator
+from fractions import Fraction
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -22,8 +24,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image, ImageOps, features
 
-from dycoke import video
+from dycoke import upright, video
 from dycoke.video import Video, VideoError, read, sample_indices
 
 COUNTS = (1, 2, 3, 5, 7, 33)
@@ -215,6 +218,7 @@ def test_every_kind_of_clip(name: str, folder: Path, monkeypatch: pytest.MonkeyP
             assert clip.fps == pytest.approx(25)
             assert clip.duration == pytest.approx(2)
             np.testing.assert_allclose(clip.timestamps, np.array(clip.indices) / 25, atol=1e-3)
+            assert clip.even
 
 
 @pytest.mark.parametrize("name", ["vfr.mp4", "vfr.mkv"])
@@ -229,6 +233,7 @@ def test_variable_frame_rate(name: str, tmp_path: Path) -> None:
             clip.timestamps, [times[i] / 1000 for i in clip.indices], atol=1e-3
         )
         assert clip.fps == pytest.approx(39 / (times[-1] / 1000), rel=1e-3)
+        assert clip.even == (count == 2)  # the first and the last, of which the rate is made
 
 
 def test_matroska_states_no_frame_count_and_none_is_needed(tmp_path: Path) -> None:
@@ -264,6 +269,252 @@ def test_rotation_is_applied(degrees: int, tmp_path: Path) -> None:
     assert clip.frames.shape[1:3] == ((48, 64) if degrees == 180 else (64, 48))
     turned_back = np.rot90(clip.frames, degrees // 90, axes=(1, 2))  # rot90 turns to the left
     assert [clips.number(image) for image in turned_back] == list(clip.indices)
+
+
+# Right is what the matrix says of each corner: (x, y) is shown at (a x + c y, b x + d y).
+MATRICES = [
+    (1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0),
+    (-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv"])
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_every_orientation(matrix: tuple[int, int, int, int], name: str, tmp_path: Path) -> None:
+    a, b, c, d = matrix
+    path = clips.render(tmp_path / "source.mp4", 12)
+    stored = read(path, 4).frames
+    # Matroska has roll and yaw instead, which FFmpeg writes and reads.
+    path = clips.remux(clips.place(path, a, b, c, d), tmp_path / name)
+    shown = read(path, 4).frames
+    height, width = stored.shape[1:3]
+    y, x = np.mgrid[:height, :width]
+    right, down = a * x + c * y, b * x + d * y
+    right, down = right - right.min(), down - down.min()
+    expected = np.empty((4, down.max() + 1, right.max() + 1, 3), np.uint8)
+    expected[:, down, right] = stored[:, y, x]
+    np.testing.assert_array_equal(shown, expected)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "nearest"),
+    [
+        ((0.98, 0.17, -0.17, 0.98), (1, 0, 0, 1)),  # 10 degrees
+        ((0.17, 0.98, -0.98, 0.17), (0, 1, -1, 0)),  # 80 degrees
+        ((-0.98, 0.17, 0.17, 0.98), (-1, 0, 0, 1)),  # a mirror, and 10 degrees
+        ((0, 0, 0, 0), (1, 0, 0, 1)),  # nonsense
+    ],
+)
+def test_another_angle_is_taken_for_the_nearest(matrix: Any, nearest: Any, tmp_path: Path) -> None:
+    path = clips.render(tmp_path / "clip.mp4", 3)
+    expected = read(clips.place(path, *nearest), 3).frames
+    np.testing.assert_array_equal(read(clips.place(path, *matrix), 3).frames, expected)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "tiff", "avif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_of_an_image(kind: str, orientation: int, tmp_path: Path) -> None:
+    if kind == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow writes no AVIF")
+    path, exif = tmp_path / f"image.{kind}", Image.Exif()
+    exif[0x0112] = orientation
+    lossless = {"webp": {"lossless": True}}.get(kind, {})
+    Image.fromarray(clips.picture(0b0001_1001_0111_0010, 48, 64)).save(path, exif=exif, **lossless)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    clip = read(path, 4)
+    assert clip.frames.shape == (1, *expected.shape)
+    # Light or dark: FFmpeg 7 takes the full range of an AVIF for the limited one.
+    assert ((clip.frames[0] < 128) == (expected < 128)).mean() > 0.98
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv"])
+@pytest.mark.parametrize(
+    ("aspect", "turned", "size"),
+    [
+        (Fraction(4, 3), False, (48, 85)),
+        (Fraction(3, 4), False, (64, 64)),
+        (Fraction(4, 3), True, (85, 48)),
+        (Fraction(100, 1), False, (48, 64)),  # a fault: no player shows it so
+    ],
+)
+def test_pixels_that_are_not_square(
+    name: str, aspect: Fraction, turned: bool, size: tuple[int, int], tmp_path: Path
+) -> None:
+    if turned and name != "clip.mp4":
+        pytest.skip("only an mp4 is turned by clips.turn")
+    path = clips.render(tmp_path / name, 6, aspect=aspect)
+    clip = read(clips.turn(path, 90) if turned else path, 3)
+    assert clip.frames.shape == (3, *size, 3)
+    upright = np.rot90(clip.frames, axes=(1, 2)) if turned else clip.frames
+    assert [clips.number(image) for image in upright] == list(clip.indices)
+
+
+def test_a_turn_is_told_beside_side_data_that_has_no_name(tmp_path: Path) -> None:
+    """A frame that carries what PyAV has no name for still tells its turn."""
+
+    class Frame:
+        rotation = 90
+
+        @property
+        def side_data(self) -> Any:
+            raise ValueError("31 is not a valid Type")
+
+    turn = upright.turn_of(Frame())  # type: ignore[arg-type]
+    image = np.arange(6).reshape(2, 3)
+    turned = image.T[:: -1 if turn.flip else 1, :: -1 if turn.mirror else 1]
+    np.testing.assert_array_equal(turned, np.rot90(image))
+
+
+# Starts and ends
+
+WRAP = (1 << 33) // 90000  # seconds until the clock of a transport stream begins anew
+
+
+@pytest.mark.parametrize("seconds", [-4, 0, 30, 1000])
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mov", "clip.mkv", "clip.flv"])
+def test_a_clip_that_starts_late_or_early(name: str, seconds: int, tmp_path: Path) -> None:
+    """Whole it is read, cut it is refused, whatever time it starts at."""
+    if seconds < 0 and name == "clip.flv":
+        pytest.skip("its times have no sign")
+    source = clips.render(tmp_path / "source.mp4", 400)
+    path = clips.remux(
+        source,
+        tmp_path / name,
+        shift=-seconds * 12800,
+        muxer={"movflags": "faststart"} if name[5:] in ("mp4", "mov") else None,
+    )
+    clip = read(path, 5)
+    check(clip, path, 5)
+    assert clip.total_frames == (300 if seconds < 0 and name[5:] in ("mp4", "mov") else 400)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 3 // 4])
+    assert "the file ends early" in refused(path)
+
+
+@pytest.mark.parametrize("seconds", [-4, 30, WRAP - 1, WRAP - 40, WRAP - 200])
+def test_a_transport_stream_across_the_wrap_of_its_clock(seconds: int, tmp_path: Path) -> None:
+    source = clips.render(tmp_path / "source.ts", 1500, gop=50, options={"preset": "veryfast"})
+    path = clips.remux(source, tmp_path / "clip.ts", shift=-seconds * 90000)
+    clip = read(path, 4)
+    assert (clip.total_frames, numbers(clip)) == (1500, [0, 499, 999, 1499])
+    np.testing.assert_allclose(clip.timestamps, np.array(clip.indices) / 25, atol=1e-3)
+
+
+# Which stream
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "mov"])
+@pytest.mark.parametrize("counts", [(1, 60), (60, 1), (5, 60), (1, 1, 60)])
+def test_a_preview_beside_the_film(suffix: str, counts: tuple[int, ...], tmp_path: Path) -> None:
+    path = clips.side_by_side(tmp_path / f"clip.{suffix}", *counts)
+    clip, film = read(path, 4), counts.index(60)
+    assert numbers(clip) == [1000 * film + i for i in (0, 19, 39, 59)]
+    assert clip.total_frames == 60
+    assert clip.notes == ()
+
+
+def test_an_animated_image_with_a_still(tmp_path: Path) -> None:
+    if not features.check("avif"):
+        pytest.skip("this Pillow writes no AVIF")
+    path = tmp_path / "clip.avif"
+    first, *rest = (Image.fromarray(clips.picture(i, 48, 64)) for i in range(20))
+    first.save(path, save_all=True, append_images=rest, duration=100)
+    clip = read(path, 4)
+    assert (clip.total_frames, numbers(clip)) == (20, [0, 6, 12, 19])
+    assert clip.fps == pytest.approx(10)
+
+
+def test_two_films_in_a_file(tmp_path: Path) -> None:
+    path = clips.side_by_side(tmp_path / "clip.mkv", 50, 60)
+    clip = read(path, 2)
+    assert numbers(clip) == [0, 49]
+    (note,) = clip.notes
+    assert note.startswith("video streams 0, 1, of which 0 is read; ") and "--stream" in note
+    named = read(path, 2, stream=1)
+    assert (numbers(named), named.notes) == ([1000, 1059], ())
+    assert numbers(read(clips.side_by_side(path, 50, 60, default=1), 2)) == [1000, 1059]
+
+
+def test_a_stream_that_is_not_there(tmp_path: Path) -> None:
+    path = clips.render(tmp_path / "clip.mkv", 5, sound=1)
+    for stream in (1, 7):
+        with pytest.raises(VideoError, match=rf"stream {stream} is no video stream; .*: 0$"):
+            read(path, 2, stream=stream)
+    with pytest.raises(ValueError, match="stream must be at least 0, got -1"):
+        read(path, 2, stream=-1)
+    with pytest.raises(TypeError, match="stream must be an integer of at least 0, got 'a'"):
+        read(path, 2, stream="a")  # type: ignore[arg-type]
+
+
+def test_a_stream_that_something_decodes_is_preferred(tmp_path: Path) -> None:
+    path = clips.side_by_side(tmp_path / "clip.mkv", 60, 50)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"V_MPEG4/ISO/AVC", b"V_MPEG9/ISO/AVC", 1))
+    assert numbers(read(path, 2)) == [1000, 1049]
+    with pytest.raises(VideoError, match="no decoder for its codec"):
+        read(path, 2, stream=0)
+
+
+# Memory
+
+
+@given(
+    st.integers(1, 1 << 16),
+    st.integers(1, 1 << 16),
+    st.none() | st.fractions(0, 100),
+    st.booleans(),
+    st.integers(1, 1 << 28),
+)
+def test_a_shown_size_is_bounded(
+    width: int, height: int, aspect: Fraction | None, transpose: bool, most: int
+) -> None:
+    turn = upright.Turn(transpose)
+    high, wide = upright.shown_size(width, height, aspect, turn, most)
+    assert min(high, wide) >= 1
+    assert high * wide <= most
+    if aspect in (None, 1) and width * height <= most:
+        assert (high, wide) == ((width, height) if transpose else (height, width))
+    if min(high, wide) >= 100:
+        ratio = (width / height) * float(aspect if aspect and 0.1 <= aspect <= 10 else 1)
+        assert (high / wide if transpose else wide / high) == pytest.approx(ratio, rel=0.02)
+
+
+def test_frames_are_scaled_down_to_the_pixels_allowed(tmp_path: Path) -> None:
+    path = clips.render(tmp_path / "clip.mp4", 12, size=(96, 128))
+    whole = read(path, 4, max_pixels=4 * 96 * 128)
+    assert (whole.frames.shape, whole.notes) == ((4, 96, 128, 3), ())
+    scaled = read(path, 4, max_pixels=96 * 128)
+    assert (scaled.frames.shape, numbers(scaled)) == ((4, 48, 64, 3), list(scaled.indices))
+    (note,) = scaled.notes
+    assert note == "frames of 128 x 96 pixels are read at 64 x 48 (max_pixels=, --max-pixels)"
+    assert read(clips.turn(path, 90), 4, max_pixels=96 * 128).frames.shape == (4, 64, 48, 3)
+    assert read(path, 1, max_pixels=1).frames.shape == (1, 1, 1, 3)
+    with pytest.raises(ValueError, match="max_pixels must be at least 1, got 0"):
+        read(path, 1, max_pixels=0)
+
+
+@pytest.mark.parametrize("size", [(16000, 16000), (65535, 2000)])
+def test_what_a_file_claims_takes_no_memory(size: tuple[int, int], tmp_path: Path) -> None:
+    path = clips.claiming_gif(tmp_path / "clip.gif", *size, 80)
+    message = refused(path, 80)
+    assert f"pictures of {size[0]} x {size[1]} pixels, more than the limit of 67108864" in message
+    assert f"max_pixels={4 * size[0] * size[1]} (--max-pixels)" in message
+
+
+def test_many_large_frames_together_are_bounded(tmp_path: Path) -> None:
+    path = clips.claiming_gif(tmp_path / "clip.gif", 3000, 2000, 20)
+    clip = read(path, 20, max_pixels=20 * 300 * 200)
+    assert clip.frames.shape == (20, 200, 300, 3)
+
+
+def test_too_little_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    path = clips.render(tmp_path / "clip.mp4", 5)
+    monkeypatch.setattr(video.np, "empty", full)
+    assert "too little memory for 4 frames; take fewer, or smaller ones" in refused(path)
 
 
 def test_frames_outside_an_edit_list_do_not_count(tmp_path: Path, spy: Spy) -> None:
@@ -411,6 +662,69 @@ def test_no_such_file(tmp_path: Path) -> None:
 
 def test_a_folder(tmp_path: Path) -> None:
     assert "a folder, not a video file" in refused(tmp_path)
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")  # nobody writes: whoever opens it waits for ever
+    assert refused(tmp_path / "pipe.mp4") == (
+        "a pipe, and a clip is read twice; save it to a file first"
+    )
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind(str(tmp_path / "s"))
+        assert "a socket, and a clip is read twice" in refused(tmp_path / "s")
+    for device in ("/dev/zero", "/dev/null"):
+        assert "a device, and a clip is read twice" in refused(Path(device))
+    assert "not read from standard input, save it to a file" in refused(Path("-"))
+    reader, writer = os.pipe()
+    try:
+        assert "a pipe, and" in refused(Path(f"/dev/fd/{reader}"))
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_names_that_cannot_be_opened(tmp_path: Path) -> None:
+    path = clips.render(tmp_path / "clip.mp4", 2)
+    with pytest.raises(VideoError, match=r"cannot be opened \(Not a directory\)"):
+        read(path / "more", 2)
+    with pytest.raises(VideoError, match=r"cannot be opened \(embedded null byte\)"):
+        read("a\0b", 2)
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "gone.mp4")
+    assert refused(tmp_path / "link.mp4") == "no such file"
+    (tmp_path / "good.mp4").symlink_to(path)
+    assert read(tmp_path / "good.mp4", 2).total_frames == 2
+
+
+def test_no_other_file_is_opened(tmp_path: Path) -> None:
+    """Playlists, lists of files and name patterns: the files that they mean are good, and near."""
+    clips.render(tmp_path / "clip.ts", 5)
+    playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nclip.ts\n#EXT-X-ENDLIST\n"
+    (tmp_path / "list.mp4").write_text(playlist)
+    assert "not a readable video" in refused(tmp_path / "list.mp4")
+    (tmp_path / "list.m3u8").write_text(playlist)
+    assert "a list of other files, none of which is followed" in refused(tmp_path / "list.m3u8")
+    (tmp_path / "list.txt").write_text("ffconcat version 1.0\nfile clip.ts\n")
+    assert "a list of other files, none of which is followed" in refused(tmp_path / "list.txt")
+    for name in ("image0.png", "image1.png", "image%d.png"):
+        Image.fromarray(clips.picture(0, 48, 64)).save(tmp_path / name)
+    assert "a list of other files, none of which is followed" in refused(tmp_path / "image%d.png")
+
+
+def test_an_animated_webp(tmp_path: Path) -> None:
+    first, *rest = (Image.fromarray(clips.picture(i, 48, 64)) for i in range(5))
+    first.save(tmp_path / "still.webp", lossless=True)
+    assert numbers(read(tmp_path / "still.webp", 4)) == [0]
+    first.save(tmp_path / "clip.webp", save_all=True, append_images=rest, duration=100)
+    message = refused(tmp_path / "clip.webp")
+    assert message.startswith("an animated WebP, which FFmpeg does not decode; convert it")
+
+
+def test_a_file_of_which_nothing_decodes(tmp_path: Path) -> None:
+    path = clips.render(tmp_path / "clip.mp4", 10, codec="mpeg4")
+    clips.damage(path, 0)
+    message = refused(path)
+    assert message.startswith("none of its mpeg4 frames decodes (")
+    assert "not supported by this FFmpeg; convert it" in message
 
 
 @pytest.mark.parametrize("content", [b"", b"Some text.\n" * 50, bytes(range(256)) * 50])

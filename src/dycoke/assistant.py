@@ -33,6 +33,7 @@ GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None
 
 # What a watched clip's questions bring themselves.
 OWN = ("input_ids", "attention_mask", "position_ids", "past_key_values", "cache", ENCODED)
+CLOCK = 1_000_000  # ticks a second: exact for whole seconds and for the clocks of most files
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,28 @@ def best_dtype(device: str) -> torch.dtype:
     if kind == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return torch.float16 if kind == "mps" else torch.float32
+
+
+def metadata_of(video: Video) -> VideoMetadata:
+    """What a processor is told of a clip, so that the times it works out are the true ones.
+
+    Processors take place / fps for the time of a frame. Where that is not when it is shown, the
+    frames are told as places in a clip of `CLOCK` frames a second. Qwen2.5-VL knows one step for
+    all, length / number of frames: it gets the mean step between those that were sampled.
+    """
+    places, fps, total = list(video.indices), video.fps, video.total_frames
+    if not video.even:
+        places, fps = [round(time * CLOCK) for time in video.timestamps], float(CLOCK)
+        steps = max(len(places) - 1, 1)
+        total = max(round((places[-1] - places[0]) / steps * len(places)), places[-1] + 1)
+    return VideoMetadata(
+        total_num_frames=total,
+        fps=fps,
+        frames_indices=places,
+        height=video.frames.shape[1],
+        width=video.frames.shape[2],
+        duration=video.duration,
+    )
 
 
 class Assistant:
@@ -123,21 +146,13 @@ class Assistant:
         UnsupportedError
             Where the processor does not take these frames.
         """
-        metadata = VideoMetadata(
-            total_num_frames=video.total_frames,
-            fps=video.fps,
-            frames_indices=list(video.indices),
-            height=video.frames.shape[1],
-            width=video.frames.shape[2],
-            duration=video.duration,
-        )
         text = self.chat(question)
         try:
             inputs = self.processor(
                 text=[text],
                 # Per prompt, as SmolVLM's of transformers 5.17 counts them.
                 videos=[[video.frames]],
-                video_metadata=[metadata],
+                video_metadata=[metadata_of(video)],
                 do_sample_frames=False,  # they are sampled already
                 return_tensors="pt",
                 **processor_options(self.model.config),

@@ -28,6 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+STREAM = "Stream of the file to read, by its number [default: the one a person would watch]"
+PIXELS = "Most pixels of all sampled frames together; larger ones are scaled down."
 BUDGET = "Visual tokens to keep, instead of a merge ratio: 1000 (tokens) or 0.25 (share)."
 LOOKED = 50  # stories whose attention `eval` traces: one after another, so not all of them
 
@@ -97,6 +99,8 @@ def run(
         typer.Option(help="Directory or hub id of a checkpoint [default: the embedded nano model]"),
     ] = None,
     frames: Annotated[int, typer.Option(min=1, help="Frames to sample.")] = 32,
+    stream: Annotated[int | None, typer.Option(min=0, help=STREAM)] = None,
+    max_pixels: Annotated[int, typer.Option(min=1, help=PIXELS)] = 1 << 28,
     encode_frames: Annotated[
         str,
         typer.Option(help="Most frames that the vision encoder takes at once, or auto: by memory."),
@@ -128,7 +132,9 @@ def run(
     if compare and no_compress:
         raise BadInput("--compare and --no-compress exclude each other; drop one")
     at_once = _encode_frames(encode_frames)
-    clip, video_s = _read(video, frames)  # first, since a bad file can be told at once
+    clip, video_s = _read(
+        video, frames, stream, max_pixels
+    )  # first, since a bad file can be told at once
     settings = _settings(merge_ratio, prune_ratio, prune_layer, _budget(token_budget))
     assistant = _load(model, device, dtype)
     session = _Session(assistant, clip, video_s, prompt, max_new_tokens, as_json, at_once)
@@ -390,6 +396,8 @@ def bench(
     ] = None,
     video: Annotated[Path | None, typer.Option(help="[default: a rendered story]")] = None,
     frames: Annotated[int, typer.Option(min=1, help="Frames to sample.")] = 32,
+    stream: Annotated[int | None, typer.Option(min=0, help=STREAM)] = None,
+    max_pixels: Annotated[int, typer.Option(min=1, help=PIXELS)] = 1 << 28,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
     repeat: Annotated[int, typer.Option(min=1, help="Measured turns of all methods.")] = 3,
     batch: Annotated[int, typer.Option(min=1, help="Copies of the prompt in a batch.")] = 1,
@@ -450,6 +458,8 @@ def bench(
             model=model,
             video=None if video is None else str(video),
             frames=frames,
+            stream=stream,
+            max_pixels=max_pixels,
             new_tokens=new_tokens,
             repeat=repeat,
             batch=batch,
@@ -524,7 +534,9 @@ def models() -> None:
     out.print("Any other family: DyCoke(...)(model, layout=...), see the README.")
 
 
-def _read(path: Path, frames: int) -> tuple[Video, float]:
+def _read(
+    path: Path, frames: int, stream: int | None = None, max_pixels: int = 1 << 28
+) -> tuple[Video, float]:
     """Frames of a file, and the seconds that it took."""
     import time
 
@@ -532,12 +544,16 @@ def _read(path: Path, frames: int) -> tuple[Video, float]:
 
     began = time.perf_counter()
     with err.status("decoding frames") as status:
+
+        def show(done: int, of: int) -> None:
+            status.update(f"decoding frames: {done}/{of}")
+
         try:
-            clip = read(
-                path, frames, lambda done, of: status.update(f"decoding frames: {done}/{of}")
-            )
+            clip = read(path, frames, show, stream, max_pixels)
         except VideoError as error:
             raise BadInput(str(error)) from None
+    for note in clip.notes:
+        err.print(f"note: {path}: {note}", soft_wrap=True, markup=False)
     return clip, time.perf_counter() - began
 
 

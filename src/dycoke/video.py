@@ -11,27 +11,31 @@ from __future__ import annotations
 import math
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from fractions import Fraction
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import av
 import numpy as np
-from av.container import InputContainer
-from av.stream import Disposition
-from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from dycoke.checks import check_count
+from dycoke.listing import Listing, list_frames, list_packets
+from dycoke.opening import (
+    PICTURE,
+    VideoError,
+    check_file,
+    is_image,
+    opened,
+    undecodable,
+    unreadable,
+)
+from dycoke.upright import shown_size, to_rgb, turn_of, turn_of_image
+
+__all__ = ["MAX_PIXELS", "Video", "VideoError", "read", "sample_indices"]
+
+MAX_PIXELS = 1 << 28  # of all sampled frames together: 32 frames of 4K, 800 MB
 
 SEEK_GAP = 256  # frames that a jump has to save: it empties the pipeline of decoder threads
-SLACK = Fraction(1, 20), Fraction(1, 4)  # share and seconds that may lack of the stated length
-
-
-class VideoError(ValueError):
-    """A file that cannot be read as a video; one line that names the file and the cause."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +45,7 @@ class Video:
     Attributes
     ----------
     frames : uint8 array, shape (F, H, W, 3)
-        RGB, upright.
+        RGB, as a player shows them: upright, in true proportions.
     indices : tuple of int
         Place of each frame in the clip, in order of presentation, from 0.
     timestamps : tuple of float
@@ -50,6 +54,10 @@ class Video:
     fps : float
         Average over the clip. A single frame has the container's, or 1.
     path : str
+    tick : float
+        Seconds by which the file's clock may round a time.
+    notes : tuple of str
+        What a user should know of the reading: frames scaled down, another stream as long.
     """
 
     frames: NDArray[np.uint8]
@@ -58,11 +66,19 @@ class Video:
     total_frames: int
     fps: float
     path: str
+    tick: float = 1e-3
+    notes: tuple[str, ...] = ()
 
     @property
     def duration(self) -> float:
         """Length of the clip in seconds."""
         return self.total_frames / self.fps
+
+    @property
+    def even(self) -> bool:
+        """Whether each frame is shown when its place and `fps` say so, but for `tick`."""
+        pairs = zip(self.indices, self.timestamps, strict=True)
+        return all(abs(time - place / self.fps) <= 1.01 * self.tick for place, time in pairs)
 
 
 def sample_indices(total: int, count: int) -> list[int]:
@@ -95,18 +111,28 @@ def read(
     path: str | os.PathLike[str],
     frames: int = 32,
     progress: Callable[[int, int], None] | None = None,
+    stream: int | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Video:
     """Sample frames evenly from a video file.
 
     Parameters
     ----------
     path : str or path-like
-        A local file of any kind that PyAV decodes; its first video stream is read.
+        A local file of any kind that PyAV decodes.
     frames : int, at least 1
         See `sample_indices`. A shorter clip gives all that it has.
     progress : callable, optional
         ``progress(done, asked)`` is called as each sampled frame arrives; the last call has
         ``done == asked``. It counts anew where a file turns out to need a second reading.
+    stream : int, optional
+        The stream to read, by its number in the file. By default the one that a person would
+        watch: of those that are at least half as long as the longest, the file's default, else the
+        first.
+    max_pixels : int, at least 1
+        All sampled frames together have at most so many; larger ones are scaled down while they are
+        read, and `Video.notes` says so. A file whose pictures have more than a quarter of it, and
+        more than 2 ** 26, is refused, because a decoder holds several of them.
 
     Returns
     -------
@@ -115,145 +141,65 @@ def read(
     Raises
     ------
     VideoError
-        If there is no such file, it holds no video, nothing decodes it, or it breaks off at or
-        before the last frame asked for. Damage behind that frame is no error.
+        If there is no such file, it is no regular file, holds no video or no such stream, nothing
+        decodes it, its pictures are too large, or it breaks off at or before the last frame asked
+        for. Damage behind that frame is no error.
     TypeError, ValueError
-        For a bad ``frames``.
+        For a bad ``frames``, ``stream`` or ``max_pixels``.
     """
-    count = check_count("frames", frames)
+    count, most = check_count("frames", frames), check_count("max_pixels", max_pixels)
+    wanted = None if stream is None else check_count("stream", stream, least=0)
     file = os.fsdecode(path)
-    if not os.path.exists(file):
-        raise VideoError(f"{file}: no such file")
-    if os.path.isdir(file):
-        raise VideoError(f"{file}: a folder, not a video file; name a file in it")
+    check_file(file)
     try:
-        listing = _list_packets(file)
+        listing = list_packets(file, wanted, max(PICTURE, most // 4))
         indices = sample_indices(max(listing.total, 1), count)
-        images = _decode(file, listing, indices, progress) if listing.timed else None
-        if images is None:
-            listing = _list_frames(file, listing)
+        taken = _decode(file, listing, indices, most, progress) if listing.timed else None
+        if taken is None:
+            listing = list_frames(file, listing)
             indices = sample_indices(listing.total, count)
-            images = _decode(file, listing, indices, progress)
+            taken = _decode(file, listing, indices, most, progress)
+    except MemoryError as error:
+        raise VideoError(
+            f"{file}: too little memory for {count} frames; take fewer, or smaller ones: "
+            f"max_pixels= (--max-pixels), now {most}"
+        ) from error
     except av.FFmpegError as error:
-        # FFmpeg cannot tell a file that is no video from one that has lost its index.
-        raise VideoError(f"{file}: not a readable video, or cut off ({error.strerror})") from error
-    if images is None:
+        raise unreadable(file, error) from error
+    if taken is None:
         raise VideoError(f"{file}: decodes differently each time; re-encode it")
+    images, scaled = taken
     seconds = tuple(float((listing.times[i] - listing.times[0]) * listing.base) for i in indices)
-    return Video(images, tuple(indices), seconds, listing.total, listing.fps, file)
-
-
-@dataclass(frozen=True)
-class _Listing:
-    """The frames of a clip in order of presentation."""
-
-    times: Sequence[int]  # in units of `base` seconds
-    base: Fraction
-    rate: Fraction  # frames per second, as the container states it
-    timed: bool  # False where the file tells no usable times: `times` are numbers at that rate
-    total: int  # what the clip should hold: beyond `times` only where a flaw cuts it short
-    flaw: str = ""
-    keys: Sequence[tuple[int, int]] = ()  # places of keyframes, each with the time to seek to
-
-    @property
-    def fps(self) -> float:
-        steps, span = len(self.times) - 1, (self.times[-1] - self.times[0]) * self.base
-        # Some containers round times (mkv: to milliseconds); within that, the stated rate is right.
-        return float(self.rate if abs(steps / self.rate - span) <= self.base else steps / span)
-
-    def broken(self, file: str, decoded: int, flaw: str) -> VideoError:
-        return VideoError(f"{file}: {flaw}: only {decoded} of {self.total} frames can be read")
-
-
-@contextmanager
-def _open(file: str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    # "file:" keeps FFmpeg from taking a name such as "a:b.mp4" for a network address.
-    with av.open("file:" + file, metadata_errors="ignore") as container:
-        if container.format.name == "tty":  # FFmpeg would draw the text, as a terminal does
-            raise VideoError(f"{file}: not a readable video, but text")
-        # The cover of a sound file comes as a video stream, too.
-        covers = Disposition.attached_pic
-        videos = [stream for stream in container.streams.video if not stream.disposition & covers]
-        if not videos:
-            cause = "only sound or other data" if container.streams else "perhaps it is cut off"
-            raise VideoError(f"{file}: holds no video stream, {cause}")
-        if videos[0].codec_context is None:
-            raise VideoError(f"{file}: no decoder for its codec; re-encode it, say to H.264")
-        videos[0].thread_type = "AUTO"
-        yield container, videos[0]
-
-
-def _arrange(times: list[int], count: int, stream: VideoStream) -> _Listing:
-    rate = stream.average_rate or stream.guessed_rate or Fraction(1)
-    whole = 0 < count == len(times) and all(a < b for a, b in pairwise(times))
-    if whole and stream.time_base:
-        return _Listing(times, stream.time_base, rate, True, count)
-    return _Listing(range(count), 1 / rate, rate, False, count)
-
-
-def _list_packets(file: str) -> _Listing:
-    """List the frames that the packets promise, without decoding."""
-    times: list[int] = []
-    seeks: list[tuple[int, int]] = []
-    count, end = 0, Fraction(0)
-    with _open(file) as (container, stream):
-        # A transport stream is searched by decoding time, everything else by presentation time.
-        by_decoding = container.format.name == "mpegts"
-        for packet in container.demux(*container.streams.video, *container.streams.audio):
-            if not packet.size or packet.is_discard:  # the end, or cut away by an edit list
-                continue
-            time = packet.pts
-            count += packet.stream_index == stream.index
-            if time is None:
-                continue
-            end = max(end, (time + (packet.duration or 0)) * packet.time_base)
-            if packet.stream_index == stream.index:
-                times.append(time)
-                if packet.is_keyframe:
-                    at = packet.dts if by_decoding and packet.dts is not None else time
-                    seeks.append((time, at))
-        listing = _arrange(sorted(times), count, stream)
-        if not listing.timed:
-            return listing
-        keys = sorted((bisect_left(listing.times, time), at) for time, at in seeks)
-        total, flaw = count, ""
-        # Where no stream reaches the length that the file states, its end is missing.
-        stated = Fraction(container.duration or 0, av.time_base)
-        if stated - end > max(stated * SLACK[0], SLACK[1], 2 / listing.rate):
-            guess = round(count * stated / max(end, 1 / listing.rate))
-            total, flaw = max(count + 1, stream.frames or guess), "the file ends early"
-    return replace(listing, total=total, flaw=flaw, keys=keys)
-
-
-def _list_frames(file: str, promised: _Listing) -> _Listing:
-    """List the frames by decoding all of them: slow, but right where packets mislead."""
-    times: list[int] = []
-    count, flaw = 0, promised.flaw
-    with _open(file) as (container, stream):
-        try:
-            for frame in container.decode(stream):
-                count += 1
-                if frame.pts is not None:
-                    times.append(frame.pts)
-        except av.FFmpegError as error:
-            flaw = f"damaged ({error.strerror})"
-        listing = _arrange(times, count, stream)
-    if flaw:
-        listing = replace(listing, total=max(count, promised.total), flaw=flaw)
-    if not listing.total:
-        raise VideoError(f"{file}: holds no frames")
-    return listing
+    return Video(
+        images,
+        tuple(indices),
+        seconds,
+        listing.total,
+        listing.fps,
+        file,
+        float(listing.base),
+        tuple(note for note in (listing.note, scaled) if note),
+    )
 
 
 def _decode(
-    file: str, listing: _Listing, indices: list[int], progress: Callable[[int, int], None] | None
-) -> NDArray[np.uint8] | None:
-    """Decode the frames at these places; None where what comes is not what the list says."""
+    file: str,
+    listing: Listing,
+    indices: list[int],
+    most: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[NDArray[np.uint8], str] | None:
+    """Decode the frames at these places, with a note where they were scaled down.
+
+    None where what comes is not what the list says.
+    """
     if indices[-1] >= len(listing.times):
         raise listing.broken(file, len(listing.times), listing.flaw)
-    images: NDArray[np.uint8] | None = None
-    width = height = 0
-    with _open(file) as (container, stream):
+    images, note = np.empty(0, np.uint8), ""
+    size = 0, 0
+    with opened(file) as container:
+        stream = listing.take(file, container)
+        tagged = turn_of_image(file) if is_image(container) else None
         decoded = container.decode(stream)
         place, jumped = 0, False  # place of the next frame; -1 until one tells it after a jump
         for done, index in enumerate(indices):
@@ -273,17 +219,23 @@ def _decode(
                         break
                 else:
                     return None
+            except MemoryError:
+                raise
             except av.FFmpegError as error:
                 if jumped:  # perhaps the jump went wrong; decoding everything will tell
                     return None
+                if not place:
+                    raise undecodable(file, stream.codec_context.name, error) from error
                 raise listing.broken(file, place, f"damaged ({error.strerror})") from error
-            # A clip may change its size on the way: all frames take the size of the first.
-            width, height = width or frame.width, height or frame.height
-            image = frame.to_ndarray(format="rgb24", width=width, height=height)
-            image = np.rot90(image, round(frame.rotation / 90))
-            if images is None:
-                images = np.empty((len(indices), *image.shape), np.uint8)
-            images[done] = image
+            turn = tagged or turn_of(frame)
+            if not done:  # a clip may change its size on the way: all take that of the first
+                shape = frame.width, frame.height, stream.sample_aspect_ratio, turn
+                size, whole = (shown_size(*shape, n) for n in (most // len(indices), 1 << 62))
+                images = np.empty((len(indices), *size, 3), np.uint8)
+                if size != whole:
+                    note = f"frames of {whole[1]} x {whole[0]} pixels are read at {size[1]} x "
+                    note += f"{size[0]} (max_pixels=, --max-pixels)"
+            images[done] = to_rgb(frame, turn, size)
             if progress is not None:
                 progress(done + 1, len(indices))
-    return images
+    return images, note

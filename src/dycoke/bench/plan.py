@@ -15,6 +15,7 @@ from dycoke import methods
 from dycoke.assistant import best_device
 from dycoke.bench.arch import Arch
 from dycoke.nano import stories
+from dycoke.video import MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Plan:
     model : directory or hub id of a checkpoint; None for the embedded model.
     video : a file; None for a rendered story.
     frames : frames to sample from it.
+    stream, max_pixels : as in `dycoke.video.read`.
     new_tokens : tokens to generate, never fewer.
     repeat : measured turns; a turn runs every method once.
     batch : copies of the prompt in one batch.
@@ -52,6 +54,8 @@ class Plan:
     ratio: float | None = None
     device: str | None = None
     attention: str | None = None
+    stream: int | None = None
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         for name in ("frames", "new_tokens", "repeat", "batch"):

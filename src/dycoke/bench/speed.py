@@ -85,7 +85,8 @@ class Bench:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         with watch.reading():
-            video = read(path, self.plan.frames)
+            plan = self.plan
+            video = read(path, plan.frames, stream=plan.stream, max_pixels=plan.max_pixels)
             inputs = {k: _repeated(v, self.plan.batch) for k, v in self.prepare(video).items()}
         with watch.compressing(compressor, frames=own_frames(self.model.config)) as run:
             output = self.model.generate(
