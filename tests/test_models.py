@@ -12,7 +12,8 @@ import tiny
 import torch
 from transformers import CONFIG_MAPPING
 
-from dycoke import UnsupportedError, engine, finder
+from dycoke import UnsupportedError, finder
+from dycoke.core import engine
 from dycoke.models import Prompt, families, frame_kinds, limits
 
 FILES = {module.__name__.split(".")[-1]: module for module in families().values()}
