@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from dycoke.models import Prompt
 from dycoke.shorten import clips_of, shorten
 
 BATCH, LENGTH, WIDTH = 2, 40, 6
+
+METHOD: Any = DyCoke()
 
 
 def decoder_inputs() -> tuple[dict, list[VideoSpan]]:
@@ -38,7 +42,7 @@ def test_deepstack_features_follow_their_tokens() -> None:
     for layer in inputs["deepstack_visual_embeds"]:
         whole.append(torch.zeros(BATCH, LENGTH, WIDTH))
         whole[-1][inputs["visual_pos_masks"]] = layer
-    rows, _ = shorten(inputs, spans, DyCoke(), cached=True, clips=clips_of(spans))
+    rows, _ = shorten(inputs, spans, METHOD, cached=True, clips=clips_of(spans))
     real = rows.plain.index >= 0
     assert rows.plain.padded and inputs["visual_pos_masks"].sum() == 2 * (4 + 8)
     for full, layer in zip(whole, inputs["deepstack_visual_embeds"], strict=True):
@@ -52,7 +56,7 @@ def test_an_unknown_row_per_token_is_refused() -> None:
     inputs, spans = decoder_inputs()
     inputs["weather"] = torch.zeros(BATCH, LENGTH)
     with pytest.raises(UnsupportedError, match="'weather', with a row per token"):
-        shorten(inputs, spans, DyCoke(), cached=True, clips=clips_of(spans))
+        shorten(inputs, spans, METHOD, cached=True, clips=clips_of(spans))
 
 
 def test_runs_are_frames() -> None:
