@@ -11,7 +11,7 @@ import clips
 import pytest
 import tiny
 import torch
-from support import close, compressed, families, generate, inputs_of, model_of, untouched
+from support import close, compressed, exact, families, generate, inputs_of, model_of, untouched
 from torch import nn
 from transformers import pipeline
 
@@ -21,6 +21,7 @@ from dycoke.assistant import Assistant
 from dycoke.finder import processor_options
 from dycoke.video import read
 
+pytestmark = exact
 ONE = ([[7]], [(5, 7)])
 
 
