@@ -367,14 +367,17 @@ class Oracle:
             return None
         window = self.config.sliding_window if kind == "sliding_attention" else math.inf
         n = len(self.rows)
-        seen = []
-        for i, row in enumerate(self.rows):
-            gone = row.hidden | self.gone if hide else set()
-            for j, other in enumerate(self.rows):
-                future = j > i and not (window < n and row.block == other.block >= 0)
-                seen.append(not (future or i - j >= window or j in gone))
+        i, j = torch.arange(n)[:, None], torch.arange(n)
+        unseen = j > i
+        if window < n:
+            block = torch.tensor([row.block for row in self.rows])
+            unseen &= (block[i] != block[j]) | (block[j] < 0)
+        unseen |= i - j >= window
+        if hide:
+            for number, row in enumerate(self.rows):
+                unseen[number, list(row.hidden | self.gone)] = True
         least = torch.finfo(hidden.dtype).min
-        return torch.where(torch.tensor(seen).view(n, n), 0.0, least).to(hidden)[None, None]
+        return torch.where(unseen, least, 0.0).to(hidden)[None, None]
 
     # Generation
 
