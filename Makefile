@@ -6,7 +6,9 @@ FLOOR := .floor
 WORKERS ?= 2
 # Tiny models: two processes of one thread beat one process of two. Each takes half of the tests in
 # their order, so that what the oracle said once serves all attention backends.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+# Bytecode is written even where the environment forbids it: each process would compile all of
+# torch and transformers anew, 15 seconds.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: install demo test test-all test-floor check format clean
 

@@ -1,55 +1,97 @@
-"""Which cases of a parametrised test `make test` runs: a covering design of strength two.
+"""Which cases of the parametrised tests `make test` runs: a covering design of strength two.
 
 Most tests are a product: family x backend x ratios x kind of batch. Faults of such a product show
 nearly always in a pair of values (a family with a backend, a backend with a kind of batch), seldom
-only in three at once. So a few cases are chosen in which every pair of values meets at least once,
-for each test function by itself; `--all` runs the whole product.
+only in three at once. So a few cases are chosen, with two promises:
+
+- in each test function every pair of kinds of values meets that meets in its product; values are
+  a kind each, but for families that are `ALIKE`, which take turns;
+- in the suite every pair of values meets that meets in any product, families alike included.
+
+`--all` runs the whole product.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from itertools import combinations
 
 import pytest
 
+# Families with the same layout file and the same kinds of layers.
+ALIKE = {
+    "qwen2_vl": "qwen2_5_vl",
+    "glm46v": "glm4v",
+    "glm4v_moe": "glm4v",
+    "qwen3_vl_moe": "qwen3_vl",
+    "qwen3_5_moe": "qwen3_5",
+}
 # Of a run: what was collected, and what of it is run.
 COLLECTED = pytest.StashKey[tuple[list[pytest.Item], list[pytest.Item]]]()
 
-Case = tuple[Hashable, ...]  # a value per axis
-Pair = tuple[int, Hashable, int, Hashable]  # axis, value, axis, value
+Value = tuple[str, Hashable]  # of an axis: the names of its parameters, and what they are
+Case = tuple[Value, ...]
+Pair = frozenset[Value]
 
 
-def pairs_of(case: Case) -> set[Pair]:
-    """The pairs of values that meet in a case; the values themselves, where there is one axis."""
-    if len(case) == 1:
-        return {(0, case[0], 0, case[0])}
-    return {(i, case[i], j, case[j]) for i, j in combinations(range(len(case)), 2)}
+def kind_of(value: Value) -> Value:
+    """The value itself, or the one that it is like."""
+    axis, chosen = value
+    return (axis, ALIKE.get(str(chosen), chosen)) if axis == "family" else value
 
 
-def covering(cases: Sequence[Case]) -> list[int]:
-    """Indices of cases in which every pair meets that meets in any of them.
+def pairs_of(case: Iterable[Value]) -> set[Pair]:
+    """The pairs of values that meet in a case; where there is one axis, the value alone."""
+    case = tuple(case)
+    return {frozenset(pair) for pair in combinations(case, min(2, len(case)))}
 
-    Greedy and deterministic: the case with the most new pairs, the first of equals.
+
+class Design:
+    """Cases chosen so far, for one test function after another.
+
+    Greedy and deterministic: the case with the most pairs of kinds that are new to its function,
+    of equals that with the most pairs of values new to the suite, then that whose values were
+    taken least, then the first.
     """
-    left = [pairs_of(case) for case in cases]
-    missing = set().union(*left)
-    chosen = []
-    while missing:
-        best = max(range(len(cases)), key=lambda i: (len(left[i] & missing), -i))
-        chosen.append(best)
-        missing -= left[best]
-    return sorted(chosen)
+
+    def __init__(self) -> None:
+        self.met: set[Pair] = set()
+        self.taken: Counter[Value] = Counter()
+
+    def choose(self, cases: Sequence[Case], wanted: Collection[Pair] | None = None) -> list[int]:
+        """Indices of cases in which all pairs of kinds meet, or the pairs ``wanted`` of values."""
+        if wanted is None:
+            new = [pairs_of(map(kind_of, case)) for case in cases]
+            missing = set().union(*new)
+        else:
+            missing = set(wanted)
+            new = [pairs_of(case) & missing for case in cases]
+        left, chosen = [i for i in range(len(cases)) if new[i]], []
+        while missing:
+            best = max(left, key=lambda i: self._worth(cases[i], new[i] & missing, i))
+            left.remove(best)
+            chosen.append(best)
+            missing -= new[best]
+            self.met |= pairs_of(cases[best])
+            self.taken.update(cases[best])
+        return chosen
+
+    def _worth(self, case: Case, new: set[Pair], place: int) -> tuple[int, int, int, int]:
+        unmet = len(pairs_of(case) - self.met)
+        return len(new), unmet, -sum(self.taken[value] for value in case), -place
 
 
 def case_of(item: pytest.Item) -> Case:
     """The values of a test item, one for each `parametrize`: those given together are one value."""
-    case: list[Hashable] = []
+    values = item.callspec.params if hasattr(item, "callspec") else {}
+    case: list[Value] = []
     for mark in item.iter_markers("parametrize"):
         names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
-        values = item.callspec.params  # type: ignore[attr-defined]
-        case.append(tuple(repr(values[name.strip()]) for name in names))
+        names = [name.strip() for name in names]
+        given = [values[name] for name in names]
+        only = given[0] if len(given) == 1 and isinstance(given[0], str) else repr(given)
+        case.append((",".join(names), only))
     return tuple(case)
 
 
@@ -62,9 +104,13 @@ def functions(items: Sequence[pytest.Item]) -> dict[str, list[pytest.Item]]:
 
 
 def design(items: Sequence[pytest.Item]) -> list[pytest.Item]:
-    """The items that are run: of each test function a covering design."""
-    chosen = []
+    """The items that are run."""
+    made, chosen = Design(), []
     for group in functions(items).values():
         cases = [case_of(item) for item in group]
-        chosen += [group[i] for i in covering(cases)] if all(cases) else group
+        chosen += [group[i] for i in made.choose(cases)] if all(cases) else group
+    product = [item for item in items if case_of(item)]
+    cases = [case_of(item) for item in product]
+    everywhere: set[Pair] = set().union(*map(pairs_of, cases))
+    chosen += [product[i] for i in made.choose(cases, everywhere - made.met)]
     return chosen
