@@ -6,9 +6,11 @@ FLOOR := .floor
 WORKERS ?= 2
 # Tiny models: two processes of one thread beat one process of two. Each takes half of the tests in
 # their order, so that what the oracle said once serves all attention backends.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+# Bytecode is written even where the environment forbids it: each process would compile all of
+# torch and transformers anew, 15 seconds.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: install demo test test-floor check format clean
+.PHONY: install demo test test-all test-floor check format clean
 
 install: $(INSTALLED)
 
@@ -28,8 +30,12 @@ $(FLOOR)/.installed: $(INSTALLED) constraints-floor.txt
 demo: $(INSTALLED)
 	$(BIN)/dycoke demo
 
+# Of each test's product of axes the cases in which every pair of values meets; test-all: all of it.
 test: $(INSTALLED)
 	$(PYTEST)
+
+test-all: $(INSTALLED)
+	$(PYTEST) --all
 
 # The oldest supported transformers and PyAV, laid over the same environment.
 test-floor: $(FLOOR)/.installed
@@ -39,6 +45,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini
 	$(BIN)/lint-imports --no-cache
 
 format: $(INSTALLED)

@@ -22,6 +22,7 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,7 +75,11 @@ def peak() -> float:
 def measure(frames: int, chunk: int, free: int) -> dict[str, Any]:
     """``chunk``: frames at once; 0 for all of them, -1 for "auto" with ``free`` MiB."""
     model = build()
-    memory.free_memory = lambda device: free * 2**20
+
+    def shown(device: torch.device, root: Path = Path("/")) -> int:
+        return free * 2**20
+
+    memory.free_memory = shown
     # Once through with two frames, so that libraries have what they allocate once.
     for count in (2, frames):
         if count == frames:

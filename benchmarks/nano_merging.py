@@ -25,6 +25,7 @@ from transformers import AttentionInterface
 
 from dycoke import DyCoke, nano
 from dycoke.assistant import Assistant
+from dycoke.core.method import NO_CONTEXT, VideoContext
 from dycoke.evaluate.storyqa import StoryQA
 from dycoke.merging import merge_mask
 from dycoke.nano import stories
@@ -88,7 +89,9 @@ def main() -> None:
     class Marking(DyCoke):
         """Finds what would be merged, and leaves it to the attention function."""
 
-        def merge_tokens(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        def merge_tokens(
+            self, features: Tensor, clip: VideoContext = NO_CONTEXT
+        ) -> tuple[Tensor, Tensor]:
             reading.keep = merge_mask(features, self.merge_ratio, self.window)
             return features, torch.ones_like(reading.keep)
 

@@ -1,16 +1,14 @@
-"""Paths for the tests' own modules, what tests of commands share, and what users of image-framed
-families say about them."""
+"""Which cases are run, what tests of commands share, and what users of image-framed families say
+about them."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "parity"))
+from covering import COLLECTED, design
 
 
 @pytest.fixture
@@ -29,36 +27,27 @@ def run(monkeypatch: Any, capsys: Any) -> Callable[..., tuple[int, str, str]]:
     return call
 
 
-# Families that differ from another row by nothing that DyCoke touches: the same layout file, the
-# same kinds of layers. The whole matrix over them is half of its time; `--every-family` runs it.
-TWINS = {"qwen2_vl", "glm46v", "glm4v_moe", "qwen3_vl_moe", "qwen3_5_moe"}
-TWINS_RUN = {
-    "test_scores_and_keys_equal_the_oracle",
-    "test_every_backend_equals_the_oracle",
-    "test_a_left_padded_batch_equals_each_sample_alone",
-    "test_a_follow_up_turn_equals_the_oracle",
-    "test_ratio_zero_gives_the_same_tokens_and_logits",
-    "test_rows_after_prefill_and_bytes",
-}
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every-family", action="store_true", help="twins of a family in full, too")
+    parser.addoption("--all", action="store_true", help="the whole product of each test's axes")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--every-family"):
-        left_out = [item for item in items if _left_out(item)]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not _left_out(item)]
+    """A covering design of each test function's cases, but with `--all` and for cases named."""
+    collected = list(items)
+    if not config.getoption("--all") and not any("[" in arg for arg in config.args):
+        kept = {id(item) for item in design(items)}
+        config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+        items[:] = [item for item in items if id(item) in kept]
+    config.stash[COLLECTED] = collected, list(items)
 
 
-def _left_out(item: pytest.Item) -> bool:
-    values = item.callspec.params if hasattr(item, "callspec") else {}
-    if values.get("family") not in TWINS:
-        return False
-    name = getattr(item, "originalname", item.name)
-    return name not in TWINS_RUN or values.get("backend", "sdpa") != "sdpa"
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """`support.in_float64` for a whole test."""
+    from support import in_float64
+
+    with in_float64():
+        yield
 
 
 @pytest.fixture(autouse=True)

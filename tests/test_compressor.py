@@ -44,10 +44,10 @@ def test_immutable_and_hashable() -> None:
     [
         DyCoke(),
         DyCoke(0, 0.3, 7, 6, 0, "mean", "compact"),
-        DyCoke(np.float32(0.5), np.float64(0.1)),
+        DyCoke(np.float32(0.5), np.float64(0.1)),  # type: ignore[arg-type]
         DyCoke(token_budget=1),
         DyCoke(token_budget=1.0),
-        DyCoke(token_budget=np.int64(300)),
+        DyCoke(token_budget=np.int64(300)),  # type: ignore[arg-type]
     ],
 )
 def test_dictionaries_round_trip(settings: DyCoke) -> None:

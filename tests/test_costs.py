@@ -1,4 +1,4 @@
-"""The FLOPs formula against METHOD.md's table and a plain sum."""
+"""The FLOPs formula against docs/design.md's table and a plain sum."""
 
 from __future__ import annotations
 
@@ -39,4 +39,4 @@ def test_equals_a_plain_sum() -> None:
 )
 def test_bad_values_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must .*{value}"):
-        costs.flops(10, 10, 10, 10, **{name: value})
+        costs.flops(10, 10, 10, 10, **{name: value})  # type: ignore[arg-type]

@@ -6,9 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from support import backends, close, compressed, families, generate, inputs_of, model_of, untouched
+from support import (
+    backends,
+    close,
+    compressed,
+    exact,
+    families,
+    generate,
+    inputs_of,
+    model_of,
+    untouched,
+)
 
 from dycoke import DyCoke
+
+pytestmark = exact
 
 BATCHES = {
     "one": ([[6]], [(5, 7)]),
@@ -52,7 +64,7 @@ def test_the_real_path_with_nothing_to_drop(
     with settings(model, trace=trace) as run:
         output = generate(model, inputs)
     assert torch.equal(output.sequences, plain.sequences)
-    close(torch.cat(output.logits), torch.cat(plain.logits), 1e-5)
+    close(torch.cat(output.logits), torch.cat(plain.logits))
     assert run.report is not None and not run.report.engaged
     assert run.report.reason
     if trace:
@@ -108,7 +120,7 @@ def test_each_beam_scores_what_it_scores_alone(family: str, prune: float) -> Non
         chosen = [
             step[0].log_softmax(-1)[token] for step, token in zip(alone.logits, forced, strict=True)
         ]
-        close(torch.stack(chosen).sum() / len(forced), score, 1e-4)
+        close(torch.stack(chosen).sum() / len(forced), score)
 
 
 @families

@@ -39,7 +39,8 @@ class Log:
 
 
 def account_of(compressor: Any) -> tuple[Account, Log, list[dict[str, float]]]:
-    log, records = Log(), []
+    log = Log()
+    records: list[Any] = []
     return Account(compressor, log, records.append), log, records
 
 
@@ -256,12 +257,14 @@ def test_a_refusal_that_the_base_swallows_is_raised_at_the_end(model: Any, reque
 def test_answers_of_another_copy_are_told(model: Any, requests: Any) -> None:
     account, log, _ = account_of(DyCoke())
     lm, other = StandIn(model), StandIn(tiny.FAMILIES["llava_onevision"].model("sdpa", 0, 5))
-    lm.generate_until = (
-        lambda requests: [  # type: ignore[method-assign]
+
+    def half_elsewhere(requests: Any) -> list[Any]:
+        return [
             *StandIn.generate_until(lm, requests[:1]),
             *other.generate_until(requests[1:]),
         ]
-    )
+
+    lm.generate_until = half_elsewhere  # type: ignore[method-assign]
     compress(lm, account)
     lm.generate_until(requests)
     assert log.warnings[-1].startswith("2 answers are not of the compressed model")
@@ -298,7 +301,8 @@ def stand_ins() -> dict[str, ModuleType]:
 
     class Lmms:
         def __init__(self) -> None:
-            self._rank, self._world_size, self.task_dict = 0, 1, {}
+            self._rank, self._world_size = 0, 1
+            self.task_dict: dict[str, Any] = {}
 
         @property
         def rank(self) -> int:
@@ -410,9 +414,12 @@ def test_a_base_is_built_by_name_and_compressed(
             self.batch_size = batch_size
 
     asked: list[Any] = []
-    monkeypatch.setattr(
-        classes, "get_model", lambda name, simple: asked.append((name, simple)) or Base
-    )
+
+    def get_model(name: str, simple: bool) -> type[Base]:
+        asked.append((name, simple))
+        return Base
+
+    monkeypatch.setattr(classes, "get_model", get_model)
     monkeypatch.setattr(classes, "log_metrics", lambda *args: None)
     full = classes.Dycoke.create_from_arg_string(
         "base=b,pretrained=tiny,method=full", {"batch_size": 1}

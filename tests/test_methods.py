@@ -8,13 +8,25 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from support import answer, compressed, families, generate, inputs_of, model_of, untouched
+from support import (
+    answer,
+    close,
+    compressed,
+    exact,
+    families,
+    generate,
+    inputs_of,
+    model_of,
+    untouched,
+)
 
 from dycoke import DyCoke, UnsupportedError, methods
 from dycoke.compressor import Compressor
 from dycoke.methods import METHODS
 from dycoke.methods.composed import Composed
 from dycoke.models import family_of
+
+pytestmark = exact
 
 NAMES = [name for name in METHODS if name != "full"]
 FRAMES = 8
@@ -118,7 +130,7 @@ def test_a_batch_equals_its_samples(family: str, name: str) -> None:
         one, other = compressed(model, method, single, tokens=3)
         assert other.report.samples[0].kept_tokens == run.report.samples[i].kept_tokens
         for a, b in zip(one.logits, together.logits, strict=True):
-            torch.testing.assert_close(a[0], b[i], rtol=0, atol=2e-4)
+            close(a[0], b[i])
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "qwen3_vl"])

@@ -9,13 +9,25 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from support import answer, backends, close, compressed, families, generate, inputs_of, model_of
+from support import (
+    answer,
+    backends,
+    close,
+    compressed,
+    exact,
+    families,
+    generate,
+    inputs_of,
+    model_of,
+)
 from test_parity import alone, check, single
 from torch import nn
 
 from dycoke import DyCoke, UnsupportedError
 from dycoke.core.cache_rules import DycokeCache
 from dycoke.core.engine import Engine
+
+pytestmark = exact
 
 QUESTION = 7
 ONE = ([[7]], [(5, QUESTION)])
@@ -67,7 +79,7 @@ def test_a_question_on_a_prefilled_video_equals_the_oracle(
         for turn in (1, 2):
             output = generate(model, text(inputs), past_key_values=copy.deepcopy(cache))
             assert torch.equal(output.sequences, whole.sequences)
-            close(torch.cat(output.logits), torch.cat(whole.logits), 1e-4)
+            close(torch.cat(output.logits), torch.cat(whole.logits))
             check(expected, output, inputs, run.report)
             assert len(run.reports) == 1 + turn
     assert [r.decode_steps for r in run.reports] == [0, 7, 7]
@@ -109,7 +121,8 @@ def test_a_copy_is_independent(family: str) -> None:
                 assert torch.equal(now, then)
         # Two at once, step by step in turns: each as if alone.
         alone = generate(model, text(inputs), past_key_values=copy.deepcopy(cache)).sequences
-        copies, answers = [copy.deepcopy(cache), second], [[], []]
+        copies = [copy.deepcopy(cache), second]
+        answers: list[list[int]] = [[], []]
         ids = inputs["input_ids"][:, -QUESTION:]
         feeds = [ids, ids]
         with torch.no_grad():

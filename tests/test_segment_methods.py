@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import close, exact
 
 from dycoke.core.method import VideoContext
 from dycoke.methods import create
@@ -17,6 +18,8 @@ from dycoke.methods.fastvid import FastVID
 from dycoke.methods.flashvid import FlashVID
 from dycoke.methods.holitom import HoliTom, absorbed, still_for, still_segments
 from dycoke.methods.twostage import TwoStage
+
+pytestmark = exact
 
 METHODS = [FastVID, HoliTom, FlashVID]
 SHAPES = [(1, 1), (1, 7), (5, 1), (2, 3), (6, 11), (9, 16), (13, 9)]
@@ -41,7 +44,7 @@ def video(frames: int, tokens: int, seed: int) -> tuple[torch.Tensor, VideoConte
     )
 
 
-def rows(features: torch.Tensor) -> list[Rows]:
+def rows(features: torch.Tensor) -> Any:
     return features.double().tolist()
 
 
@@ -288,7 +291,7 @@ def naive_flashvid(
 def equals(features: torch.Tensor, out: torch.Tensor, keep: torch.Tensor, kept: Kept) -> None:
     assert {tuple(place) for place in keep.nonzero().tolist()} == set(kept)
     for (f, n), token in kept.items():
-        torch.testing.assert_close(out[f, n], torch.tensor(token), atol=1e-4, rtol=1e-4)
+        close(out[f, n], torch.tensor(token))
     assert torch.equal(out[~keep], features[~keep])
 
 
@@ -348,7 +351,7 @@ def test_states_are_absorbed_one_after_another(tokens: int, count: int) -> None:
         keep = torch.zeros(tokens, dtype=torch.bool)
         keep[torch.randperm(tokens, generator=rng)[:count]] = True
         expected = torch.tensor(naive_absorbed(rows(states), keep.tolist()))
-        torch.testing.assert_close(absorbed(states, keep), expected, atol=1e-6, rtol=1e-5)
+        close(absorbed(states, keep), expected)
 
 
 def test_very_many_states_go_into_one() -> None:
@@ -356,7 +359,7 @@ def test_very_many_states_go_into_one() -> None:
     states = torch.randn(301, 4, generator=torch.Generator().manual_seed(0))
     keep = torch.arange(301) == 7
     expected = torch.tensor(naive_absorbed(rows(states), keep.tolist()))
-    torch.testing.assert_close(absorbed(states, keep), expected, atol=1e-6, rtol=1e-5)
+    close(absorbed(states, keep), expected)
 
 
 def test_holitom_drops_the_least_attended_half_and_keeps_what_it_said() -> None:
@@ -368,7 +371,7 @@ def test_holitom_drops_the_least_attended_half_and_keeps_what_it_said() -> None:
         chosen = best(scores.tolist(), max(1, round(tokens / 2)))
         assert keep.nonzero().flatten().tolist() == chosen
         expected = torch.tensor(naive_absorbed(rows(states), keep.tolist()))
-        torch.testing.assert_close(out[keep], expected[keep], atol=1e-6, rtol=1e-5)
+        close(out[keep], expected[keep])
         out, keep = FlashVID(0.75).drop_tokens(scores, states, 20 / 28)
         assert keep.nonzero().flatten().tolist() == best(
             scores.tolist(), max(1, round(0.3 * tokens))
@@ -422,7 +425,7 @@ def test_holitom_may_save_more_than_is_asked() -> None:
     clip = VideoContext(torch.rand(7, 9), features)
     out, keep = HoliTom(0.5).merge_tokens(features, clip)
     assert keep.nonzero().tolist() == [[0, n] for n in range(9)]
-    torch.testing.assert_close(out, features)
+    close(out, features)
     out, keep = HoliTom(0.99).merge_tokens(features, clip)
     assert keep.sum() == 1
 
@@ -434,7 +437,7 @@ def test_equal_tokens_leave_the_first(method: Any) -> None:
     out, keep = method(0.5).merge_tokens(features, VideoContext(torch.ones(2, 50), features))
     for row in keep:
         assert row.tolist() == sorted(row.tolist(), reverse=True)
-    torch.testing.assert_close(out, features)
+    close(out, features)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -462,7 +465,7 @@ def test_clustering_by_hand() -> None:
     # Three together, one aside, one far off: two centres are one of the three, and the far one.
     tokens = torch.tensor([[0.0], [0.1], [0.25], [1.0], [5.0]])
     apart = distances(tokens)
-    assert torch.allclose(apart, (tokens - tokens.T).abs(), atol=1e-6)
+    close(apart, (tokens - tokens.T).abs())
     assert (apart.diagonal() == 0).all()
     assert highest(peak_scores(apart, 2), 1).tolist() == [0]
     assert highest(peak_scores(apart[:4, :4], 2), 2).tolist() == [0, 3]
@@ -517,7 +520,7 @@ BAD = {
 
 @pytest.mark.parametrize(
     ("method", "setting"),
-    [(method, field.name) for method in METHODS for field in dataclasses.fields(method)],
+    [(m, field.name) for m in METHODS for field in dataclasses.fields(m)],  # type: ignore[arg-type]
 )
 def test_bad_settings_are_refused_by_name(method: Any, setting: str) -> None:
     with pytest.raises((ValueError, TypeError), match=f"{setting} must be"):

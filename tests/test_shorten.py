@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ from dycoke import DyCoke, UnsupportedError, VideoSpan
 from dycoke.core.prefill import contexts_of, shorten
 
 BATCH, LENGTH, WIDTH = 2, 40, 6
+
+METHOD: Any = DyCoke()
 
 
 def decoder_inputs() -> tuple[dict, list[VideoSpan]]:
@@ -37,7 +41,7 @@ def test_deepstack_features_follow_their_tokens() -> None:
     for layer in inputs["deepstack_visual_embeds"]:
         whole.append(torch.zeros(BATCH, LENGTH, WIDTH))
         whole[-1][inputs["visual_pos_masks"]] = layer
-    rows, _ = shorten(inputs, spans, DyCoke(), cached=True, contexts=contexts_of(spans))
+    rows, _ = shorten(inputs, spans, METHOD, cached=True, contexts=contexts_of(spans))
     real = rows.lower.index >= 0
     assert rows.lower.padded and inputs["visual_pos_masks"].sum() == 2 * (4 + 8)
     for full, layer in zip(whole, inputs["deepstack_visual_embeds"], strict=True):
@@ -51,4 +55,4 @@ def test_an_unknown_row_per_token_is_refused() -> None:
     inputs, spans = decoder_inputs()
     inputs["weather"] = torch.zeros(BATCH, LENGTH)
     with pytest.raises(UnsupportedError, match="'weather', with a row per token"):
-        shorten(inputs, spans, DyCoke(), cached=True, contexts=contexts_of(spans))
+        shorten(inputs, spans, METHOD, cached=True, contexts=contexts_of(spans))

@@ -19,6 +19,7 @@ from support import (
     backends,
     close,
     compressed,
+    exact,
     families,
     generate,
     inputs_of,
@@ -30,6 +31,8 @@ from transformers import DynamicCache, LogitsProcessor, StaticCache
 import dycoke
 from dycoke import DyCoke, UnsupportedError
 from dycoke.models import families as families_known
+
+pytestmark = exact
 
 ONE = ([[7]], [(5, 7)])
 TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -57,7 +60,7 @@ def test_a_follow_up_turn_does_not_see_the_future(family: str, backend: str, pru
             step = model(input_ids=new, past_key_values=out.past_key_values)
             seen.append(step.logits[0])
     assert seen[0].shape[0] == 4
-    close(seen[0][:3], seen[1][:3], 1e-5)
+    close(seen[0][:3], seen[1][:3])
     assert (seen[0][3] - seen[1][3]).abs().max() > 1e-2
 
 
@@ -72,11 +75,11 @@ def test_gapped_positions_are_not_read_as_packed_sequences(family: str, backend:
         del inputs["attention_mask"]
         bare = model(**inputs, use_cache=False).logits
         # A generated placeholder would be one too many for the stock model, too.
-        only_text = {"suppress_tokens": [tiny.IMAGE, tiny.VIDEO]}
+        only_text: dict[str, Any] = {"suppress_tokens": [tiny.IMAGE, tiny.VIDEO]}
         answers = [
             generate(model, inputs, use_cache=use, **only_text).sequences for use in (True, False)
         ]
-    close(bare, cached, 1e-4)
+    close(bare, cached)
     assert torch.equal(*answers)
 
 
@@ -209,14 +212,14 @@ def test_an_exception_leaves_nothing_behind(family: str, where: str) -> None:
 def test_two_threads_on_one_model_do_not_mix(family: str, backend: str) -> None:
     model = model_of(family, backend)
     clips = [inputs_of(family, [[n]], [(5, 7)], seed=n) for n in (8, 3, 5)]
-    alone = [compressed(model, DyCoke(), clip, tokens=20)[0].sequences for clip in clips]
+    alone = [compressed(model, DyCoke(), clip, tokens=10)[0].sequences for clip in clips]
     results: dict[int, list[torch.Tensor]] = {0: [], 1: [], 2: []}
     run = dycoke.apply(model, DyCoke())
     try:
 
         def work(i: int) -> None:
-            for _ in range(3):
-                results[i].append(generate(model, clips[i], tokens=20).sequences)
+            for _ in range(2):
+                results[i].append(generate(model, clips[i], tokens=10).sequences)
 
         threads = [threading.Thread(target=work, args=(i,)) for i in results]
         for thread in threads:
@@ -226,11 +229,11 @@ def test_two_threads_on_one_model_do_not_mix(family: str, backend: str) -> None:
     finally:
         dycoke.remove(model)
     for i, outputs in results.items():
-        assert len(outputs) == 3
+        assert len(outputs) == 2
         assert all(torch.equal(out, alone[i]) for out in outputs)
-    assert len(run.reports) == 9
-    assert sorted(r.samples[0].frames for r in run.reports) == [3] * 3 + [5] * 3 + [8] * 3
-    assert {r.decode_steps for r in run.reports} == {19}
+    assert len(run.reports) == 6
+    assert sorted(r.samples[0].frames for r in run.reports) == [3] * 2 + [5] * 2 + [8] * 2
+    assert {r.decode_steps for r in run.reports} == {9}
 
 
 def test_apply_and_remove() -> None:
@@ -349,7 +352,8 @@ def test_caches_that_are_refused(family: str) -> None:
     refused(model, inputs, "offloaded", past_key_values=offloaded)
     refused(model, inputs, "use_cache=False has none", use_cache=False)
     # Ratio 0 leaves all of them alone.
-    nothing, text = DyCoke(merge_ratio=0, prune_ratio=0), {"suppress_tokens": [tiny.VIDEO]}
+    nothing = DyCoke(merge_ratio=0, prune_ratio=0)
+    text: dict[str, Any] = {"suppress_tokens": [tiny.VIDEO]}
     plain = generate(model, inputs, **text).sequences
     static = StaticCache(config=model.config.get_text_config(), max_cache_len=200)
     for kwargs in ({"past_key_values": static}, {"use_cache": False}):
@@ -397,7 +401,7 @@ def test_assisted_decoding(family: str) -> None:
     inputs = inputs_of(family, [[6]], [(5, 7)])
     # A repetitive prompt, so that prompt lookup finds candidates at once.
     inputs["input_ids"][0, -6:] = torch.tensor([3, 4, 3, 4, 3, 4])
-    lookup = {"prompt_lookup_num_tokens": 3}
+    lookup: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
     if model._is_stateful:
         with pytest.raises(ValueError, match="stateful"):  # stock: linear layers cannot go back
             compressed(model, DyCoke(prune_ratio=0), inputs, **lookup)
@@ -421,7 +425,7 @@ def test_a_part_of_a_question_cannot_be_forgotten() -> None:
         with pytest.raises(UnsupportedError, match="prompt-lookup"):
             cache.crop(-2)
         cache.crop(-3)
-        close(model(input_ids=question, past_key_values=cache).logits, expected, 1e-5)
+        close(model(input_ids=question, past_key_values=cache).logits, expected)
         model(input_ids=torch.tensor([[5]]), past_key_values=cache)
         cache.crop(-2)  # after a decode step, as a user would
 

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from support import answer, compressed, families, generate, inputs_of, model_of, untouched
+from support import answer, compressed, exact, families, generate, inputs_of, model_of, untouched
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 from transformers.generation.streamers import BaseStreamer
 
 from dycoke import DyCoke, UnsupportedError
+
+pytestmark = exact
 
 NOTHING = DyCoke(merge_ratio=0, prune_ratio=0)
 ONE = ([[7]], [(5, 7)])
@@ -75,7 +77,7 @@ def test_what_generate_hands_out(family: str, settings: DyCoke) -> None:
 @either
 def test_sampling_follows_its_seed(family: str, settings: DyCoke) -> None:
     model, inputs = model_of(family), inputs_of(family, [[6], [6]], [(5, 7), (2, 3)])
-    ways = {"do_sample": True, "temperature": 1.3, "num_return_sequences": 2}
+    ways: dict[str, Any] = {"do_sample": True, "temperature": 1.3, "num_return_sequences": 2}
     answers = []
     for seed in (7, 7, 8):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""METHOD.md line by line over an unmodified model: slow, naive, and sharing no code with dycoke.
+"""docs/design.md line by line over an unmodified model: slow, naive, sharing no code with dycoke.
 
 There is no KV cache. Every step runs the whole (shortened) sequence again through the model's own
 layers, with an explicit mask per row: a generated token's row hides, from layers >= L, the visual
@@ -118,7 +118,7 @@ def mean_of_merged(
             groups.setdefault(place, []).append(features[f, n].float())
     result = features.clone()
     for (f, n), members in groups.items():
-        result[f, n] = (sum(members) / len(members)).to(features.dtype)
+        result[f, n] = torch.stack(members).mean(0).to(features.dtype)
     return result
 
 
@@ -367,13 +367,17 @@ class Oracle:
             return None
         window = self.config.sliding_window if kind == "sliding_attention" else math.inf
         n = len(self.rows)
-        mask = torch.zeros(n, n, dtype=hidden.dtype)
-        for i, row in enumerate(self.rows):
-            for j, other in enumerate(self.rows):
-                future = j > i and not (window < n and row.block == other.block >= 0)
-                if future or i - j >= window or (hide and j in row.hidden | self.gone):
-                    mask[i, j] = torch.finfo(hidden.dtype).min
-        return mask[None, None]
+        i, j = torch.arange(n)[:, None], torch.arange(n)
+        unseen = j > i
+        if window < n:
+            block = torch.tensor([row.block for row in self.rows])
+            unseen &= (block[i] != block[j]) | (block[j] < 0)
+        unseen |= i - j >= window
+        if hide:
+            for number, row in enumerate(self.rows):
+                unseen[number, list(row.hidden | self.gone)] = True
+        least = torch.finfo(hidden.dtype).min
+        return torch.where(unseen, least, 0.0).to(hidden)[None, None]
 
     # Generation
 
@@ -416,6 +420,7 @@ class Oracle:
             first = step == 0 and self.drop and not self.gone
             logits = self.forward(leave if first else choose if step and self.P > 0 else None)
             token = int(logits.argmax())
+            self.margins.gap(logits.sort(descending=True).values.tolist(), 1)
             ids.append(token)
             all_logits.append(logits)
             if step + 1 == new_tokens:

@@ -10,8 +10,10 @@ import pytest
 import standin
 import tiny
 import torch
-from support import compressed, generate, inputs_of
+from support import compressed, exact, generate, inputs_of
 from test_parity import alone, ask_oracle, check, settings_of, with_margin
+
+pytestmark = exact
 
 FULL, WINDOW = "full_attention", "sliding_attention"
 SHARED = {"layers": 8, "layer_types": [WINDOW, FULL] * 4, "num_kv_shared_layers": 4}

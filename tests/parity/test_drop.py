@@ -16,6 +16,7 @@ from support import (
     backends,
     close,
     compressed,
+    exact,
     generate,
     inputs_of,
     model_of,
@@ -27,6 +28,8 @@ from torch import Tensor
 from dycoke import DyCoke, UnsupportedError
 from dycoke.compressor import Compressor
 from dycoke.methods.controls import RandomTokens
+
+pytestmark = exact
 
 LAYERS = 5
 FULL = [f for f in tiny.FAMILIES if tiny.FAMILIES[f].full == (0, 1, 2, 3, 4)]
@@ -227,7 +230,7 @@ def test_ways_of_generating(family: str) -> None:
     once, run = compressed(model, Best(), inputs, num_beams=3, num_return_sequences=2)
     assert len(run.report.samples) == 6 and once.sequences.shape[0] == 4
     torch.manual_seed(0)
-    ways = {"do_sample": True, "temperature": 1e-4, "num_return_sequences": 2}
+    ways: dict[str, Any] = {"do_sample": True, "temperature": 1e-4, "num_return_sequences": 2}
     several, _ = compressed(model, Best(), inputs, **ways)
     assert torch.equal(several.sequences[::2], plain.sequences)
     with Best()(model), torch.no_grad():

@@ -1,0 +1,116 @@
+"""Which cases of the parametrised tests `make test` runs: a covering design of strength two.
+
+Most tests are a product: family x backend x ratios x kind of batch. Faults of such a product show
+nearly always in a pair of values (a family with a backend, a backend with a kind of batch), seldom
+only in three at once. So a few cases are chosen, with two promises:
+
+- in each test function every pair of kinds of values meets that meets in its product; values are
+  a kind each, but for families that are `ALIKE`, which take turns;
+- in the suite every pair of values meets that meets in any product, families alike included.
+
+`--all` runs the whole product.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Hashable, Iterable, Sequence
+from itertools import combinations
+
+import pytest
+
+# Families with the same layout file and the same kinds of layers.
+ALIKE = {
+    "qwen2_vl": "qwen2_5_vl",
+    "glm46v": "glm4v",
+    "glm4v_moe": "glm4v",
+    "qwen3_vl_moe": "qwen3_vl",
+    "qwen3_5_moe": "qwen3_5",
+}
+# Of a run: what was collected, and what of it is run.
+COLLECTED = pytest.StashKey[tuple[list[pytest.Item], list[pytest.Item]]]()
+
+Value = tuple[str, Hashable]  # of an axis: the names of its parameters, and what they are
+Case = tuple[Value, ...]
+Pair = frozenset[Value]
+
+
+def kind_of(value: Value) -> Value:
+    """The value itself, or the one that it is like."""
+    axis, chosen = value
+    return (axis, ALIKE.get(str(chosen), chosen)) if axis == "family" else value
+
+
+def pairs_of(case: Iterable[Value]) -> set[Pair]:
+    """The pairs of values that meet in a case; where there is one axis, the value alone."""
+    case = tuple(case)
+    return {frozenset(pair) for pair in combinations(case, min(2, len(case)))}
+
+
+class Design:
+    """Cases chosen so far, for one test function after another.
+
+    Greedy and deterministic: the case with the most pairs of kinds that are new to its function,
+    of equals that with the most pairs of values new to the suite, then that whose values were
+    taken least, then the first.
+    """
+
+    def __init__(self) -> None:
+        self.met: set[Pair] = set()
+        self.taken: Counter[Value] = Counter()
+
+    def choose(self, cases: Sequence[Case], wanted: Collection[Pair] | None = None) -> list[int]:
+        """Indices of cases in which all pairs of kinds meet, or the pairs ``wanted`` of values."""
+        if wanted is None:
+            new = [pairs_of(map(kind_of, case)) for case in cases]
+            missing = set().union(*new)
+        else:
+            missing = set(wanted)
+            new = [pairs_of(case) & missing for case in cases]
+        left, chosen = [i for i in range(len(cases)) if new[i]], []
+        while missing:
+            best = max(left, key=lambda i: self._worth(cases[i], new[i] & missing, i))
+            left.remove(best)
+            chosen.append(best)
+            missing -= new[best]
+            self.met |= pairs_of(cases[best])
+            self.taken.update(cases[best])
+        return chosen
+
+    def _worth(self, case: Case, new: set[Pair], place: int) -> tuple[int, int, int, int]:
+        unmet = len(pairs_of(case) - self.met)
+        return len(new), unmet, -sum(self.taken[value] for value in case), -place
+
+
+def case_of(item: pytest.Item) -> Case:
+    """The values of a test item, one for each `parametrize`: those given together are one value."""
+    values = item.callspec.params if hasattr(item, "callspec") else {}
+    case: list[Value] = []
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
+        names = [name.strip() for name in names]
+        given = [values[name] for name in names]
+        only = given[0] if len(given) == 1 and isinstance(given[0], str) else repr(given)
+        case.append((",".join(names), only))
+    return tuple(case)
+
+
+def functions(items: Sequence[pytest.Item]) -> dict[str, list[pytest.Item]]:
+    """Test items by their test function."""
+    groups: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        groups[item.nodeid.partition("[")[0]].append(item)
+    return groups
+
+
+def design(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """The items that are run."""
+    made, chosen = Design(), []
+    for group in functions(items).values():
+        cases = [case_of(item) for item in group]
+        chosen += [group[i] for i in made.choose(cases)] if all(cases) else group
+    product = [item for item in items if case_of(item)]
+    cases = [case_of(item) for item in product]
+    everywhere: set[Pair] = set().union(*map(pairs_of, cases))
+    chosen += [product[i] for i in made.choose(cases, everywhere - made.met)]
+    return chosen

@@ -1,0 +1,96 @@
+"""Every script of `benchmarks/` runs, on its smallest size, and prints what it promises."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import clips
+import pytest
+
+from dycoke import memory
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = {path.stem for path in FOLDER.glob("*.py")}
+
+Script = Callable[..., str]
+
+
+@pytest.fixture
+def script(monkeypatch: Any, capsys: Any) -> Script:
+    """Runs a script of `benchmarks/` in this process; what it prints."""
+
+    def call(name: str, *args: object) -> str:
+        path = FOLDER / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, args)])
+        module.main()
+        printed: str = capsys.readouterr().out
+        return printed
+
+    return call
+
+
+def last(printed: str) -> Any:
+    return json.loads(printed.splitlines()[-1])
+
+
+def test_all_scripts_are_run_here() -> None:
+    run = {"encoder_memory", "lmms_storyqa", "many_questions", "memory", "nano_merging"}
+    assert run == SCRIPTS
+
+
+def test_nano_merging(script: Script) -> None:
+    lines = script("nano_merging", "--stories", 1).splitlines()
+    assert [line.split()[0] for line in lines] == ["full", "text", "frames", "merged", "weighted"]
+    counts = [(int(line.split()[1]), int(line.split()[3])) for line in lines]
+    assert all(right <= events for right, events in counts) and counts[0][0] > 0
+
+
+def test_encoder_memory(script: Script) -> None:
+    result = last(
+        script("encoder_memory", "--families", "smolvlm", "--dtypes", "float32", "--layers", 1)
+    )
+    (line,) = result["lines"]
+    assert (line["family"], line["patches"]) == ("smolvlm", 1024)
+    assert line["ratio"] > 1 and line["counted_mib"] > 0
+
+
+def test_many_questions(script: Script, tmp_path: Path) -> None:
+    clip = clips.render(tmp_path / "clip.mp4", 6)
+    sizes = ("--frames", 2, "--questions", 2, "--new-tokens", 2, "--repeat", 1)
+    result = last(script("many_questions", "--video", clip, *sizes))
+    assert result["frames"] == result["questions"] == result["new_tokens"] == 2
+    assert set(result["once_vs_each"]) == set(result["same_answers"]) == {"full", "dycoke"}
+
+
+def test_memory(script: Script, monkeypatch: Any) -> None:
+    """Its processes are run in this one, which saves the time of their imports."""
+
+    def here(command: list[str], **_: Any) -> Any:
+        name = Path(command[1]).stem
+        return SimpleNamespace(stdout=script(name, *command[2:]))
+
+    monkeypatch.setattr(memory, "free_memory", memory.free_memory)  # put back afterwards
+    monkeypatch.setattr(subprocess, "run", here)
+    result = last(script("memory", "--frames", 3, "--chunk", 2))
+    assert [line["chunk"] for line in result["lines"]] == [0, 2, "auto"]
+    assert all(line["frames"] == 3 for line in result["lines"])
+    assert len({line["kept"] for line in result["lines"]}) == 1  # chunks change nothing
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed"
+)
+def test_lmms_storyqa(script: Script) -> None:
+    lines = script("lmms_storyqa", "--stories", 1).splitlines()
+    assert {line.rsplit("%", 2)[0].split()[0] for line in lines[-4:]} == {"full", "dycoke"}

@@ -1,0 +1,79 @@
+"""`make test` leaves cases out, but no pair of values."""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+from typing import Any
+
+import covering
+import pytest
+import tiny
+
+
+def axes(*sizes: int) -> list[Any]:
+    values = [[(f"axis {i}", n) for n in range(size)] for i, size in enumerate(sizes)]
+    return list(product(*values))
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1,), (4,), (3, 5), (15, 3, 2), (15, 3, 3, 3), (6, 3, 3, 2), (2,) * 6]
+)
+def test_every_pair_of_values_meets(sizes: tuple[int, ...]) -> None:
+    """In few cases more than the two longest axes make necessary."""
+    cases = axes(*sizes)
+    chosen = [cases[i] for i in covering.Design().choose(cases)]
+    for i, j in combinations(range(len(sizes)), 2):
+        met = {(case[i][1], case[j][1]) for case in chosen}
+        assert met == set(product(range(sizes[i]), range(sizes[j])))
+    assert {case[-1][1] for case in chosen} == set(range(sizes[-1]))
+    first, second = sorted((1, *sizes))[-2:]
+    assert len(chosen) <= first * second + 6
+    assert len(sizes) < 3 or len(chosen) < len(cases)
+
+
+def test_what_never_meets_is_not_asked_for() -> None:
+    """A product with holes."""
+    cases = [case for case in axes(3, 3, 3) if case[0][1] <= case[1][1] != case[2][1]]
+    chosen = [cases[i] for i in covering.Design().choose(cases)]
+    wanted, met = (set().union(*map(covering.pairs_of, c)) for c in (cases, chosen))
+    assert met == wanted and len(chosen) < len(cases)
+
+
+def test_families_alike_take_turns() -> None:
+    families = [("family", name) for name in ("glm4v", "glm46v", "glm4v_moe", "internvl")]
+    made = covering.Design()
+    taken = [[families[i][1] for i in made.choose([(f,) for f in families])] for _ in range(3)]
+    assert taken == [["glm4v", "internvl"], ["glm46v", "internvl"], ["glm4v_moe", "internvl"]]
+    assert set(covering.ALIKE) | set(covering.ALIKE.values()) <= set(tiny.FAMILIES)
+    assert not set(covering.ALIKE) & set(covering.ALIKE.values())
+
+
+def test_this_very_run_covers_every_pair(request: pytest.FixtureRequest) -> None:
+    """Of kinds in every test function, of values in the suite: of all that was collected."""
+    everything, chosen = request.config.stash[covering.COLLECTED]
+    run = covering.functions(chosen)
+    wanted, met = set(), set()
+    for function, items in covering.functions(everything).items():
+        cases = [covering.case_of(item) for item in items]
+        kept = [covering.case_of(item) for item in run[function]]
+        if not all(cases):
+            assert len(kept) == len(cases)
+            continue
+        for case in cases:
+            wanted |= covering.pairs_of(case)
+        for case in kept:
+            met |= covering.pairs_of(case)
+        kinds = [
+            set().union(*(covering.pairs_of(map(covering.kind_of, case)) for case in some))
+            for some in (cases, kept)
+        ]
+        assert kinds[0] == kinds[1], function
+    assert wanted == met
+
+
+@pytest.mark.parametrize(("a", "b"), [(1, 2), (3, 4)])
+@pytest.mark.parametrize("c", ["x", "y"])
+def test_values_given_together_are_one(
+    request: pytest.FixtureRequest, a: int, b: int, c: str
+) -> None:
+    assert covering.case_of(request.node) == (("c", c), ("a,b", repr([a, b])))
