@@ -347,7 +347,7 @@ def test_blocks_add_up(block: int, shape: Any, monkeypatch: pytest.MonkeyPatch) 
     hidden = torch.rand(frames, 1, 1, patches, generator=g) < 0.3
     hidden[..., 0] = False
     for mask in (None, hidden):
-        ours = attention.received(query, keys, None, mask)
+        ours = scores.received(query, keys, None, mask)
         for frame in range(frames):
             total = torch.zeros(patches)
             for head in range(heads):
@@ -357,9 +357,9 @@ def test_blocks_add_up(block: int, shape: Any, monkeypatch: pytest.MonkeyPatch) 
                         logits[hidden[frame, 0, 0]] = -torch.inf
                     total += logits.softmax(0)
             close(ours[frame], total / heads)
-    double = attention.received(query.double(), keys.double(), 0.5)
+    double = scores.received(query.double(), keys.double(), 0.5)
     assert double.dtype == torch.float64
-    close(double.float(), attention.received(query, keys, 0.5))
+    close(double.float(), scores.received(query, keys, 0.5))
 
 
 def test_half_precision_is_scored_in_float32() -> None:

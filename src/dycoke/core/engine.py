@@ -129,13 +129,12 @@ class Engine:
             self.vision = Vision(self.model, self.finder.family, self.finder.kinds)
         self.records = Records(method, self.layers.below, trace)
         self.running: Forward | None = None  # the decoder's forward; one at a time
-        self.last_record: Record | None = None  # where the last one was counted
         self._local = _Local()
         self._turn = threading.Lock()
         self._owner: int | None = None
         self._patches = Patches()
         self._generate: GenerateHooks | None = None
-        self._overridden = self.forwards = 0
+        self._overridden = 0
 
     # Installing and removing
 
@@ -163,7 +162,9 @@ class Engine:
                 patches.hook(self.model, self._on_call)
             patches.hook(self.base, self._on_prompt, self._after_prompt)
             patches.hook(self.decoder, self._enter, self._leave)
-            self._generate = GenerateHooks(self, patches)
+            self._generate = GenerateHooks(
+                patches, self.model, self.given, self.records, self.method.idle, plan.kind
+            )
         except BaseException:
             self.remove()
             raise
@@ -251,7 +252,7 @@ class Engine:
         if inputs.get("inputs_embeds") is None:
             raise compat.unknown(f"{type(module).__name__} was called without inputs_embeds")
         cache, forward.length = inputs.get(self._cache_inside), inputs["inputs_embeds"].shape[1]
-        self.forwards += 1
+        self.records.forwards += 1
         if isinstance(cache, DycokeCache):
             self._go_on(forward, cache, inputs)
         elif forward.videos and (self.trace or not self.method.idle):
@@ -260,7 +261,7 @@ class Engine:
             self._watch(forward, cache, len(inputs["inputs_embeds"]))
         if forward.cache is not None:
             forward.cache.generation.open = True
-        self.running, self.last_record = forward, forward.record
+        self.running, self.records.current = forward, forward.record
         return (), inputs
 
     def _prefill(self, forward: Forward, cache: Any, inputs: dict[str, Any]) -> None:
@@ -313,7 +314,7 @@ class Engine:
         if not forward.decode_step:
             generation.record = generation.record.next_turn()
         forward.record = generation.record
-        if forward.record is not self.last_record:
+        if forward.record is not self.records.current:
             self.records.go_on(forward.record, cache)
         rows = cache.row_count + forward.length
         forward.lower_mask = generation.lower.key_mask(mask, rows, device, decode=False)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from dycoke.compat import BATCHING, CANDIDATES, POSITIONS, cache_of
 from dycoke.core.cache_rules import DycokeCache
+from dycoke.core.layers import Kind
+from dycoke.core.records import Records
 from dycoke.errors import UnsupportedError
 from dycoke.patching import Patches
-
-if TYPE_CHECKING:
-    from dycoke.core.engine import Engine
 
 
 class _Local(threading.local):
@@ -27,20 +26,22 @@ class _Local(threading.local):
 class GenerateHooks:
     """Positions after a cached prompt; candidates noticed or refused; no continuous batching.
 
-    And who called: what ran in one call of generate belongs together, see `Records`.
+    And who called: what ran in one call of generate belongs together, see `Records`. ``given`` is
+    what the user passed, which may wrap ``model``.
     """
 
-    def __init__(self, engine: Engine, patches: Patches) -> None:
-        self._engine, self._local = engine, _Local()
-        model = engine.model
+    def __init__(
+        self, patches: Patches, model: Any, given: Any, records: Records, idle: bool, kind: Kind
+    ) -> None:
+        self._records, self._kind, self._local = records, kind, _Local()
         if not hasattr(type(model), "generate"):  # a bare base model
             return
         for name, make in ((POSITIONS, self._positions), (CANDIDATES, self._candidates)):
             inner = getattr(model, name)
             patches.replace(model, name, functools.wraps(inner)(make(inner)))
-        if not engine.method.idle and hasattr(model, BATCHING):
+        if not idle and hasattr(model, BATCHING):
             patches.replace(model, BATCHING, _refuse_batching)
-        for module in {id(m): m for m in (model, engine.given)}.values():
+        for module in {id(m): m for m in (model, given)}.values():
             if callable(inner := getattr(module, "generate", None)):
                 who = type(module).__name__
                 patches.replace(module, "generate", functools.wraps(inner)(self._call(inner, who)))
@@ -51,19 +52,19 @@ class GenerateHooks:
         return self._local.speculative
 
     def _call(self, inner: Callable[..., Any], who: str) -> Callable[..., Any]:
-        engine = self._engine
+        records = self._records
 
         def generate(*args: Any, **kwargs: Any) -> Any:
             before, self._local.speculative = self._local.speculative, False
-            forwards, engine.last_record = engine.forwards, None
+            forwards, records.current = records.forwards, None
             try:
-                with engine.records.call():
+                with records.call():
                     output = inner(*args, **kwargs)
             finally:
                 self._local.speculative = before
-            if engine.forwards == forwards:
+            if records.forwards == forwards:
                 reason = f"{who}.generate() ran, and none of its forwards was of the hooked model"
-                engine.records.start(None, [], None, 0, reason)
+                records.start(None, [], None, 0, reason)
             return output
 
         return generate
@@ -81,7 +82,7 @@ class GenerateHooks:
 
     def _candidates(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         def candidates(*args: Any, **kwargs: Any) -> Any:
-            if self._engine.layers.kind != "none":
+            if self._kind != "none":
                 raise UnsupportedError(
                     "assisted and prompt-lookup decoding check several tokens in one forward, by "
                     "which a method would prune or drop others than in plain decoding: with "

@@ -215,6 +215,8 @@ class Records:
         self.listed: deque[Record] = deque(maxlen=100)
         self._by_cache: weakref.WeakKeyDictionary[Any, Record] = weakref.WeakKeyDictionary()
         self._local, self._numbers = _Local(), itertools.count()
+        self.forwards = 0  # of the decoder that is hooked
+        self.current: Record | None = None  # where the last of them was counted
 
     @property
     def last(self) -> Record | None:
