@@ -26,7 +26,7 @@ import transformers as t
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dycoke.memory import frame_bytes
+from dycoke.vision.memory import frame_bytes
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 TEXT: dict[str, Any] = {

@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from dycoke import DyCoke, memory
-from dycoke.encoding import encode_in_chunks
+from dycoke.vision.chunks import encode_in_chunks
 
 VIDEO_TOKEN, PER_FRAME = 501, 196
 

@@ -32,7 +32,7 @@ print(json.dumps(missing))
 
 def test_names_in_the_documentation_resolve_after_a_bare_import() -> None:
     found = {name for page in PAGES for name in NAME.findall(page.read_text())}
-    assert {"dycoke.encoding.encode_in_chunks", "dycoke.methods", "dycoke.VideoSpan"} <= found
+    assert {"dycoke.vision.chunks.encode_in_chunks", "dycoke.methods", "dycoke.VideoSpan"} <= found
     done = subprocess.run(
         [sys.executable, "-c", RESOLVE],
         input=json.dumps(sorted(found)),

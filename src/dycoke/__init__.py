@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dycoke.errors import UnsupportedError
     from dycoke.models import VideoSpan
     from dycoke.report import Report
+    from dycoke.vision.chunks import encode_in_chunks
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "VideoSpan",
     "__version__",
     "apply",
+    "encode_in_chunks",
     "remove",
 ]
 
@@ -37,22 +39,23 @@ _HOMES = {
     "DyCoke": "compressor",
     "Run": "compressor",
     "apply": "compressor",
+    "encode_in_chunks": "vision.chunks",
     "remove": "compressor",
     "UnsupportedError": "errors",
     "VideoSpan": "models",
     "Report": "report",
 }
 _ROOMS = {
-    "assistant",
-    "costs",
-    "encoding",
-    "memory",
-    "merging",
-    "methods",
-    "models",
-    "nano",
-    "selection",
-    "video",
+    "assistant": "assistant",
+    "core": "core",
+    "costs": "costs",
+    "encoding": "vision.chunks",
+    "merging": "merging",
+    "methods": "methods",
+    "models": "models",
+    "nano": "nano",
+    "video": "video",
+    "vision": "vision",
 }
 
 
@@ -60,7 +63,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"dycoke.{_HOMES[name]}"), name)
     if name in _ROOMS:
-        return importlib.import_module(f"dycoke.{name}")
+        return importlib.import_module(f"dycoke.{_ROOMS[name]}")
     raise AttributeError(f"module 'dycoke' has no attribute {name!r}")
 
 

@@ -20,13 +20,13 @@ from dycoke.compressor import Compressor
 from dycoke.core.cache_rules import DycokeCache
 from dycoke.core.positions import PositionOffset, offset_after
 from dycoke.core.records import Trace
-from dycoke.encoder import ENCODED
-from dycoke.encoding import AUTO, encode_in_chunks
 from dycoke.errors import UnsupportedError
-from dycoke.finder import own_frames, processor_options
+from dycoke.models.locate import own_frames, processor_options
 from dycoke.report import Report
 from dycoke.timing import Stopwatch, Timings
 from dycoke.video import Video, read
+from dycoke.vision.chunks import AUTO, encode_in_chunks
+from dycoke.vision.wrap import ENCODED
 
 # Sampling's settings are left over in many generation configs, and warned about in greedy search.
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

@@ -14,15 +14,15 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from dycoke.checks import check_budget, check_count, check_number, check_one_of, check_ratio
 from dycoke.core.engine import Engine, engine_of
 from dycoke.core.method import NO_CONTEXT, Method, VideoContext, VisualTokens
 from dycoke.core.records import Trace
-from dycoke.finder import Frames
+from dycoke.core.selection import needs_refresh, top_mask
+from dycoke.errors import check_budget, check_count, check_number, check_one_of, check_ratio
 from dycoke.merging import budget_mask, merge_mask, merge_mean, video_budget
 from dycoke.models import Layout
+from dycoke.models.locate import Frames
 from dycoke.report import Report
-from dycoke.selection import needs_refresh, top_mask
 
 
 class Run:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dycoke.checks import check_count, check_ratio
+from dycoke.errors import check_count, check_ratio
 
 
 def retained_count(total: int, ratio_removed: float) -> int:

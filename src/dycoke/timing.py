@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from dycoke.compressor import Compressor, Run
-from dycoke.encoder import replaced_encoder
-from dycoke.finder import Frames
+from dycoke.models.locate import Frames
+from dycoke.vision.wrap import replaced_encoder
 
 
 @dataclass

@@ -15,7 +15,7 @@ from dycoke.bench.plan import Plan
 from dycoke.compat import cache_of
 from dycoke.compressor import Compressor
 from dycoke.core.records import held_bytes
-from dycoke.finder import Finder, own_frames
+from dycoke.models.locate import Finder, own_frames
 from dycoke.report import Report
 from dycoke.timing import Stopwatch, Timings
 from dycoke.video import Video, read

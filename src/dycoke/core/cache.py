@@ -28,8 +28,8 @@ from dycoke.core.layers import Kind
 from dycoke.core.method import Method, VisualTokens
 from dycoke.core.positions import PositionOffset
 from dycoke.core.records import Record
+from dycoke.core.selection import swap_pairs
 from dycoke.errors import UnsupportedError
-from dycoke.selection import swap_pairs
 
 ROOM = 64  # rows allocated ahead, so that a token costs no copy of the whole buffer
 

@@ -31,12 +31,12 @@ from dycoke.core.method import Method
 from dycoke.core.positions import offset_after
 from dycoke.core.prefill import contexts_of, shorten, start
 from dycoke.core.records import IDLE, Record, Records
-from dycoke.encoder import ENCODED, carry_notes, note_encoded
 from dycoke.errors import UnsupportedError
-from dycoke.finder import Finder, Frames
 from dycoke.models import Layout, Masks, VideoSpan
+from dycoke.models.locate import Finder, Frames
 from dycoke.patching import Patches
-from dycoke.vision import Vision
+from dycoke.vision.scores import Vision
+from dycoke.vision.wrap import ENCODED, carry_notes, note_encoded
 
 # Models that an engine is on, by their decoder; one engine at a time. The model's hooks keep the
 # engine alive, so that both go when the model goes.

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dycoke.checks import check_ratio
 from dycoke.compressor import Compressor, DyCoke
+from dycoke.errors import check_ratio
 from dycoke.methods.composed import Composed
 from dycoke.methods.controls import FewerFrames, RandomTokens
 from dycoke.methods.fastv import FastV

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dycoke.checks import check_ratio
 from dycoke.compressor import Compressor, check_positions
+from dycoke.errors import check_ratio
 
 
 @dataclass(frozen=True)

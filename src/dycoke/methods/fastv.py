@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dycoke.checks import check_one_of
 from dycoke.core.layers import scaled
+from dycoke.core.selection import top_mask
+from dycoke.errors import check_one_of
 from dycoke.methods.base import OneShot
-from dycoke.selection import top_mask
 
 
 def later_count(total: int, ratio: float, below: float) -> int:

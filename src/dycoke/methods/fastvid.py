@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dycoke.checks import check_between, check_count
 from dycoke.core.method import NO_CONTEXT, VideoContext
+from dycoke.errors import check_between, check_count
 from dycoke.merging import retained_count
 from dycoke.methods.base import OneShot
 from dycoke.methods.clustering import (

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dycoke.checks import check_between, check_count
 from dycoke.core.method import NO_CONTEXT, VideoContext
+from dycoke.core.selection import top_mask
+from dycoke.errors import check_between, check_count
 from dycoke.methods.clustering import distances, group_means, highest, peak_scores
 from dycoke.methods.common import in_float32, vision_of
 from dycoke.methods.twostage import TwoStage
-from dycoke.selection import top_mask
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dycoke.core.method import NO_CONTEXT, VideoContext
+from dycoke.core.selection import top_mask
 from dycoke.methods.base import OneShot
 from dycoke.methods.common import in_float32
-from dycoke.selection import top_mask
 
 WIDTHS = tuple(2.0**power for power in range(-3, 2))
 TEMPERATURE = 0.01

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dycoke.core.method import NO_CONTEXT, VideoContext
+from dycoke.core.selection import top_mask
 from dycoke.methods.base import OneShot
 from dycoke.methods.common import in_float32, vision_of
-from dycoke.selection import top_mask
 
 DOMINANT = 54 / 64
 PUBLISHED = {(0.75, 196): 50, (0.9, 196): 20}  # (ratio, N) -> tokens per frame

@@ -34,8 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dycoke.encoder import PIXELS
 from dycoke.errors import UnsupportedError
+from dycoke.vision.wrap import PIXELS
 
 
 @dataclass(frozen=True, eq=False)

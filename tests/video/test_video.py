@@ -26,15 +26,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, features
 
-from dycoke import upright, video
-from dycoke.video import Video, VideoError, read, sample_indices
+from dycoke.video import Video, VideoError, read, sample_indices, upright
+from dycoke.video import reading as video
 
 COUNTS = (1, 2, 3, 5, 7, 33)
-SHARED = Path(__file__).parents[2] / "shared" / "videos"
+SHARED = Path(__file__).parents[3] / "shared" / "videos"
 
 
 def digest(image: NDArray[np.uint8]) -> str:
-    return hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).hexdigest()
+    return hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=16).hexdigest()
 
 
 @cache
@@ -80,7 +80,7 @@ class Spy:
         self.late = late  # makes every jump aim this much too late; None makes it fail
         self.alive: weakref.WeakSet[Any] = weakref.WeakSet()
         self.av_open = av.open
-        monkeypatch.setattr(video.av, "open", self)
+        monkeypatch.setattr(av, "open", self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         container, spy = self.av_open(*args, **kwargs), self
@@ -318,7 +318,7 @@ def test_the_orientation_of_an_image(kind: str, orientation: int, tmp_path: Path
         pytest.skip("this Pillow writes no AVIF")
     path, exif = tmp_path / f"image.{kind}", Image.Exif()
     exif[0x0112] = orientation
-    lossless = {"webp": {"lossless": True}}.get(kind, {})
+    lossless: dict[str, Any] = {"webp": {"lossless": True}}.get(kind, {})
     Image.fromarray(clips.picture(0b0001_1001_0111_0010, 48, 64)).save(path, exif=exif, **lossless)
     with Image.open(path) as image:
         expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
@@ -513,7 +513,7 @@ def test_too_little_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise MemoryError
 
     path = clips.render(tmp_path / "clip.mp4", 5)
-    monkeypatch.setattr(video.np, "empty", full)
+    monkeypatch.setattr(np, "empty", full)
     assert "too little memory for 4 frames; take fewer, or smaller ones" in refused(path)
 
 

@@ -12,7 +12,15 @@ import av
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from dycoke.opening import PICTURE, VideoError, choose, make_ready, opened, undecodable, videos
+from dycoke.video.opening import (
+    PICTURE,
+    VideoError,
+    choose,
+    make_ready,
+    opened,
+    undecodable,
+    videos,
+)
 
 SLACK = Fraction(1, 20), Fraction(1, 4)  # share and seconds that may lack of the stated length
 FROM_ZERO = ("matroska,webm", "asf")  # state when their last frame ends, not how long they last

@@ -14,6 +14,6 @@ def manifest() -> Any:
 
     return ModelManifest(
         model_id="dycoke",
-        simple_class_path="dycoke.lmms.model.DycokeSimple",
-        chat_class_path="dycoke.lmms.model.Dycoke",
+        simple_class_path="dycoke.evaluate.lmms.model.DycokeSimple",
+        chat_class_path="dycoke.evaluate.lmms.model.Dycoke",
     )

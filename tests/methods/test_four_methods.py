@@ -356,9 +356,12 @@ def test_a_clip_without_scores_or_keys_is_refused(method: type) -> None:
     for bad, message in (
         (VideoContext(), "vision encoder's scores of the video's 3 x 6 tokens"),
         (VideoContext(scores), "vision encoder's keys"),
-        (VideoContext(scores[:, :5], keys), r"clip.scores must have 2 .* \(3, 6\), got \(3, 5\)"),
-        (VideoContext(scores, keys[..., 0]), r"clip.keys must have 3 .* got \(3, 6\)"),
-        (VideoContext(scores / 0, keys), "clip.scores contain NaN"),
+        (
+            VideoContext(scores[:, :5], keys),
+            r"context.scores must have 2 .* \(3, 6\), got \(3, 5\)",
+        ),
+        (VideoContext(scores, keys[..., 0]), r"context.keys must have 3 .* got \(3, 6\)"),
+        (VideoContext(scores / 0, keys), "context.scores contain NaN"),
     ):
         with pytest.raises(ValueError, match=message):
             method().merge_tokens(features, bad)

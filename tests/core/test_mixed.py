@@ -63,7 +63,7 @@ def mixed(family: str, place: str, seed: int = 0) -> tuple[dict[str, Any], Tenso
 @places
 def test_video_and_image_equal_the_oracle(family: str, place: str) -> None:
     if getattr(model_of(family).config.vision_config, "deepstack_visual_indexes", None):
-        pytest.skip("the oracle has no deeper features of images; test_shorten.py has")
+        pytest.skip("the oracle has no deeper features of images; test_prefill.py has")
 
     def attempt(seed: int) -> list[oracle.Answer]:
         inputs, rows = mixed(family, place, seed)

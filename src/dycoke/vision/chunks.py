@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dycoke.checks import check_count
 from dycoke.core.method import EncoderAttention
-from dycoke.encoder import note_frames, replaced_encoder
-from dycoke.memory import frames_that_fit
+from dycoke.errors import check_count
+from dycoke.vision.memory import frames_that_fit
+from dycoke.vision.wrap import note_frames, replaced_encoder
 
 NAME = "get_video_features"
 NAMES = (NAME, "get_image_features")  # a video's frames may be images to the model
@@ -37,7 +37,7 @@ def encode_in_chunks(model: Any, frames: int | str = AUTO) -> Iterator[None]:
     ----------
     model : a transformers model with ``get_video_features`` or ``get_image_features``.
     frames : int, at least 2; or "auto", as many as fit in half of the memory that is free when the
-        encoder is called, see `dycoke.memory`.
+        encoder is called, see `dycoke.vision.memory`.
 
     Notes
     -----

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from support import close, compressed, generate, inputs_of, model_of, untouched
+from support import close, compressed, exact, generate, inputs_of, model_of, untouched
 
 import dycoke
 from dycoke import DyCoke, UnsupportedError
@@ -24,6 +24,8 @@ FREE = [name for name, row in tiny.FAMILIES.items() if row.rope == "1-D"]
 VIDEOS = [name for name in FREE if not tiny.FAMILIES[name].images]
 
 older = pytest.mark.skipif(tiny.OLDER, reason="this transformers encodes inside its forward")
+
+pytestmark = exact
 
 
 def glued(row: list[int], token: int) -> list[int]:
@@ -263,7 +265,7 @@ def test_videos_of_other_merge_sizes_have_their_own_frames() -> None:
 
 
 def test_chunks_of_frames_are_counted_together() -> None:
-    from dycoke.encoding import encode_in_chunks
+    from dycoke.vision.chunks import encode_in_chunks
 
     model, inputs = model_of("gemma4"), inputs_of("gemma4", [[7]], [(4, 5)])
     inputs = rebuilt("gemma4", inputs, glued)

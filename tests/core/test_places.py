@@ -18,7 +18,7 @@ from transformers import pipeline
 import dycoke
 from dycoke import DyCoke, UnsupportedError
 from dycoke.assistant import Assistant
-from dycoke.finder import processor_options
+from dycoke.models.locate import processor_options
 from dycoke.video import read
 
 pytestmark = exact

@@ -19,9 +19,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from dycoke import nano
 from dycoke.assistant import Assistant, best_device, best_dtype
 from dycoke.errors import UnsupportedError
-from dycoke.lmms.account import Account, compress, refuse_likelihoods
-from dycoke.lmms.prompts import generation, video_and_question
-from dycoke.lmms.settings import Settings, argument_names, settings_of
+from dycoke.evaluate.lmms.account import Account, compress, refuse_likelihoods
+from dycoke.evaluate.lmms.prompts import generation, video_and_question
+from dycoke.evaluate.lmms.settings import Settings, argument_names, settings_of
 from dycoke.video import read
 
 

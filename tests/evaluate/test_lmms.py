@@ -19,9 +19,9 @@ from support import inputs_of
 
 from dycoke import DyCoke, UnsupportedError, lmms
 from dycoke.assistant import Assistant
-from dycoke.lmms.account import Account, compress
-from dycoke.lmms.prompts import generation, video_and_question
-from dycoke.lmms.settings import argument_names, settings_of
+from dycoke.evaluate.lmms.account import Account, compress
+from dycoke.evaluate.lmms.prompts import generation, video_and_question
+from dycoke.evaluate.lmms.settings import argument_names, settings_of
 from dycoke.methods import METHODS, create
 from dycoke.report import Report
 
@@ -288,7 +288,7 @@ def test_a_base_without_a_transformers_model_is_refused() -> None:
 
 
 def stand_ins() -> dict[str, ModuleType]:
-    """As much of lmms-eval and what it brings as `dycoke.lmms.model` imports."""
+    """As much of lmms-eval and what it brings as `dycoke.evaluate.lmms.model` imports."""
 
     @dataclass
     class TokenCounts:
@@ -344,16 +344,16 @@ def stand_ins() -> dict[str, ModuleType]:
 
 @pytest.fixture
 def classes(monkeypatch: Any) -> Any:
-    """`dycoke.lmms.model`, over the real lmms-eval where there is one."""
+    """`dycoke.evaluate.lmms.model`, over the real lmms-eval where there is one."""
     try:
         importlib.import_module("lmms_eval.models")
     except ImportError:
         for name, module in stand_ins().items():
             monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "dycoke.lmms.model", raising=False)
-    loaded = importlib.import_module("dycoke.lmms.model")
+    monkeypatch.delitem(sys.modules, "dycoke.evaluate.lmms.model", raising=False)
+    loaded = importlib.import_module("dycoke.evaluate.lmms.model")
     yield loaded
-    sys.modules.pop("dycoke.lmms.model", None)
+    sys.modules.pop("dycoke.evaluate.lmms.model", None)
 
 
 def request_of(video: Path, question: str) -> Any:
@@ -436,7 +436,7 @@ def test_a_base_is_built_by_name_and_compressed(
 
 
 def test_the_entry_point_names_what_is_there() -> None:
-    file = Path(__file__).parents[1] / "pyproject.toml"
+    file = Path(__file__).parents[2] / "pyproject.toml"
     points = tomllib.loads(file.read_text())["project"]["entry-points"]["lmms_eval.models"]
     assert points == {"dycoke": f"{lmms.__name__}:{lmms.manifest.__name__}"}
 

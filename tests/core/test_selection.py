@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dycoke.selection import needs_refresh, swap_pairs, top_mask
+from dycoke.core.selection import needs_refresh, swap_pairs, top_mask
 
 seeds = st.integers(0, 500)
 

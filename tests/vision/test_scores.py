@@ -33,11 +33,12 @@ from support import (
 from torch import Tensor
 from transformers import AttentionInterface
 
-from dycoke import DyCoke, UnsupportedError, attention
+from dycoke import DyCoke, UnsupportedError
 from dycoke.compressor import Compressor
 from dycoke.core.method import NO_CONTEXT, VideoContext
-from dycoke.encoding import encode_in_chunks
 from dycoke.models import families as known_families
+from dycoke.vision import scores as encoder_scores
+from dycoke.vision.chunks import encode_in_chunks
 
 pytestmark = exact
 
@@ -340,14 +341,14 @@ def test_patches_that_a_mask_hides(backend: str) -> None:
 @pytest.mark.parametrize("block", [1, 40, 700, 1 << 24])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 2, 7, 4), (2, 3, 5, 8)])
 def test_blocks_add_up(block: int, shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(encoder_scores, "BLOCK", block)
     frames, heads, patches, width = shape
     g = torch.Generator().manual_seed(patches)
     query, keys = torch.randn(2, *shape, generator=g).unbind()
     hidden = torch.rand(frames, 1, 1, patches, generator=g) < 0.3
     hidden[..., 0] = False
     for mask in (None, hidden):
-        ours = scores.received(query, keys, None, mask)
+        ours = encoder_scores.received(query, keys, None, mask)
         for frame in range(frames):
             total = torch.zeros(patches)
             for head in range(heads):
@@ -357,9 +358,9 @@ def test_blocks_add_up(block: int, shape: Any, monkeypatch: pytest.MonkeyPatch) 
                         logits[hidden[frame, 0, 0]] = -torch.inf
                     total += logits.softmax(0)
             close(ours[frame], total / heads)
-    double = scores.received(query.double(), keys.double(), 0.5)
+    double = encoder_scores.received(query.double(), keys.double(), 0.5)
     assert double.dtype == torch.float64
-    close(double.float(), scores.received(query, keys, 0.5))
+    close(double.float(), encoder_scores.received(query, keys, 0.5))
 
 
 def test_half_precision_is_scored_in_float32() -> None:

@@ -22,7 +22,7 @@ from dycoke.bench.arch import ARCHS, Arch, _text
 from dycoke.compressor import Compressor
 from dycoke.core.method import VideoContext
 from dycoke.timing import Stopwatch
-from dycoke.vision import Vision
+from dycoke.vision.scores import Vision
 
 LAYERS, FRAMES, TOKENS, NEW = 5, 9, 9, 4
 TEXT = {

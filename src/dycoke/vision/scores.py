@@ -23,11 +23,11 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from dycoke.attention import Override
 from dycoke.core.method import EncoderAttention
-from dycoke.encoder import KINDS
-from dycoke.encoding import regroup
 from dycoke.errors import UnsupportedError
 from dycoke.models import VideoSpan, families
 from dycoke.patching import Patches
+from dycoke.vision.chunks import regroup
+from dycoke.vision.wrap import KINDS
 
 BLOCK = 1 << 24  # attention weights that `received` holds at once: 64 MB in float32
 

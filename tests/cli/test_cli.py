@@ -17,7 +17,7 @@ from rich.console import Console
 import dycoke
 from dycoke import cli
 
-VIDEOS = Path(__file__).parents[2] / "shared" / "videos"
+VIDEOS = Path(__file__).parents[3] / "shared" / "videos"
 CLIPS = sorted(p.name for p in VIDEOS.glob("*.m*") if p.suffix != ".md")
 TIMINGS = [
     "video_s",

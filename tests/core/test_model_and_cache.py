@@ -20,8 +20,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 import dycoke
 from dycoke import DyCoke, UnsupportedError
 from dycoke.compat import CACHE_NAMES, cache_name, cache_of
-from dycoke.encoding import encode_in_chunks
 from dycoke.methods import HoliTom
+from dycoke.vision.chunks import encode_in_chunks
 
 ONE = ([[7]], [(5, 7)])
 

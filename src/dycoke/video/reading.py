@@ -18,9 +18,9 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from dycoke.checks import check_count
-from dycoke.listing import Listing, list_frames, list_packets
-from dycoke.opening import (
+from dycoke.errors import check_count
+from dycoke.video.listing import Listing, list_frames, list_packets
+from dycoke.video.opening import (
     PICTURE,
     VideoError,
     check_file,
@@ -29,7 +29,7 @@ from dycoke.opening import (
     undecodable,
     unreadable,
 )
-from dycoke.upright import shown_size, to_rgb, turn_of, turn_of_image
+from dycoke.video.upright import shown_size, to_rgb, turn_of, turn_of_image
 
 __all__ = ["MAX_PIXELS", "Video", "VideoError", "read", "sample_indices"]
 

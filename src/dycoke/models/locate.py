@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dycoke.encoder import ENCODED, PIXELS, frames_given, noted_frames
 from dycoke.errors import UnsupportedError
 from dycoke.models import Layout, Prompt, VideoSpan, families, family_of, frame_kinds
+from dycoke.vision.wrap import ENCODED, PIXELS, frames_given, noted_frames
 
 NO_VIDEO = "no video in the prompt"
 

@@ -16,7 +16,7 @@ from dycoke.core.cache_rules import adopt
 from dycoke.core.positions import offset_after
 from dycoke.core.prefill import arrange
 from dycoke.core.records import Record
-from dycoke.selection import top_mask
+from dycoke.core.selection import top_mask
 
 pytestmark = exact
 

@@ -482,7 +482,11 @@ def test_clustering_by_hand() -> None:
     ("features", "clip", "word"),
     [
         (torch.randn(2, 3, 4), VideoContext(), "vision encoder's scores"),
-        (torch.randn(2, 3, 4), VideoContext(torch.rand(3, 2), torch.rand(2, 3, 4)), "clip.scores"),
+        (
+            torch.randn(2, 3, 4),
+            VideoContext(torch.rand(3, 2), torch.rand(2, 3, 4)),
+            "context.scores",
+        ),
         (
             torch.full((2, 3, 4), torch.nan),
             VideoContext(torch.rand(2, 3), torch.rand(2, 3, 4)),

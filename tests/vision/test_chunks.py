@@ -15,7 +15,7 @@ import torch
 from support import close, compressed, exact, families, generate, inputs_of, model_of, untouched
 
 from dycoke import DyCoke, memory
-from dycoke.encoding import encode_in_chunks
+from dycoke.vision.chunks import encode_in_chunks
 
 pytestmark = exact
 
