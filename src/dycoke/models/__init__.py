@@ -278,7 +278,7 @@ def families() -> dict[str, ModuleType]:
     table: dict[str, ModuleType] = {}
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
-        table.update(dict.fromkeys(module.MODEL_TYPES, module))
+        table.update(dict.fromkeys(getattr(module, "MODEL_TYPES", ()), module))
     return table
 
 
