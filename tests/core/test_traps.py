@@ -211,15 +211,15 @@ def test_an_exception_leaves_nothing_behind(family: str, where: str) -> None:
 @pytest.mark.parametrize("backend", ["sdpa", standin.NAME])
 def test_two_threads_on_one_model_do_not_mix(family: str, backend: str) -> None:
     model = model_of(family, backend)
-    clips = [inputs_of(family, [[n]], [(5, 7)], seed=n) for n in (8, 3, 5)]
-    alone = [compressed(model, DyCoke(), clip, tokens=10)[0].sequences for clip in clips]
-    results: dict[int, list[torch.Tensor]] = {0: [], 1: [], 2: []}
+    clips = [inputs_of(family, [[n]], [(5, 7)], seed=n) for n in (8, 3)]
+    alone = [compressed(model, DyCoke(), clip)[0].sequences for clip in clips]
+    results: dict[int, list[torch.Tensor]] = {0: [], 1: []}
     run = dycoke.apply(model, DyCoke())
     try:
 
         def work(i: int) -> None:
             for _ in range(2):
-                results[i].append(generate(model, clips[i], tokens=10).sequences)
+                results[i].append(generate(model, clips[i]).sequences)
 
         threads = [threading.Thread(target=work, args=(i,)) for i in results]
         for thread in threads:
@@ -231,9 +231,9 @@ def test_two_threads_on_one_model_do_not_mix(family: str, backend: str) -> None:
     for i, outputs in results.items():
         assert len(outputs) == 2
         assert all(torch.equal(out, alone[i]) for out in outputs)
-    assert len(run.reports) == 6
-    assert sorted(r.samples[0].frames for r in run.reports) == [3] * 2 + [5] * 2 + [8] * 2
-    assert {r.decode_steps for r in run.reports} == {9}
+    assert len(run.reports) == 4
+    assert sorted(r.samples[0].frames for r in run.reports) == [3] * 2 + [8] * 2
+    assert {r.decode_steps for r in run.reports} == {7}
 
 
 def test_apply_and_remove() -> None:

@@ -29,6 +29,12 @@ def assistant(tmp_path_factory: Any) -> Assistant:
     return Assistant.load(folder, device="cpu")
 
 
+@pytest.fixture
+def short(monkeypatch: Any) -> None:
+    """Answers that stop early."""
+    monkeypatch.setattr(storyqa, "LONGEST", {"ask": 3, "describe": 6})
+
+
 def test_wilson_against_known_values() -> None:
     # Wilson's interval for 8 of 10, as in Newcombe's tables.
     low, high = stats.wilson(8, 10)
@@ -81,7 +87,7 @@ def test_prompts_are_those_of_the_processor(assistant: Assistant) -> None:
 
 
 @pytest.mark.parametrize("compressor", [None, DyCoke(), RandomTokens(), FewerFrames()])
-def test_everything_is_counted_once(assistant: Assistant, compressor: Any) -> None:
+def test_everything_is_counted_once(assistant: Assistant, compressor: Any, short: None) -> None:
     """Every question and every event of every story is counted once, in any chunks."""
     task = storyqa.StoryQA(assistant, "seen", 40, 3)
     total = storyqa.Scores()
@@ -134,8 +140,8 @@ def test_a_video_watched_once_answers_as_one_watched_each_time(
     """The shared beginning of the prompts changes nothing but the time."""
     assistant = Assistant.load(nano.path(), device="cpu")  # trained: its answers differ
     assert assistant.model.dtype == torch.float64
-    task = storyqa.StoryQA(assistant, "seen", 0, 3)
-    told = [stories.make("seen", seed) for seed in range(3)]
+    task = storyqa.StoryQA(assistant, "seen", 0, 2)
+    told = [stories.make("seen", seed) for seed in range(2)]
     answers = set()
     with nullcontext() if compressor is None else compressor(assistant.model):
         watched = task._watch(told)
@@ -158,7 +164,10 @@ def test_a_video_watched_once_answers_as_one_watched_each_time(
     assert len(answers) > 4
 
 
-def test_an_evaluation_goes_on_where_it_stopped(assistant: Assistant, tmp_path: Path) -> None:
+def test_an_evaluation_goes_on_where_it_stopped(
+    assistant: Assistant, tmp_path: Path, short: None, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(storyqa, "CHUNK", 1)
     lines = [s for s in storyqa.standard_settings() if s.name in ("full", "dycoke K=0.7 P=0.7 L=3")]
     kept = tmp_path / "partial.json"
     done: list[tuple[str, int]] = []
@@ -168,14 +177,14 @@ def test_an_evaluation_goes_on_where_it_stopped(assistant: Assistant, tmp_path: 
 
     def stop_late(name: str, count: int) -> None:
         done.append((name, count))
-        if sum(c for _, c in done) >= 10:
+        if sum(c for _, c in done) >= 4:
             raise Stopped
 
-    args = (assistant, lines, "seen", 7, 10)
+    args = (assistant, lines, "seen", 7, 3)
     with pytest.raises(Stopped):
         storyqa.evaluate(*args, keep=kept, on_chunk=stop_late)
     saved = json.loads(kept.read_text())["scores"]
-    assert len(saved["full"]["ask"]) == 10
+    assert [len(saved[line.name]["ask"]) for line in lines] == [3, 1]
     resumed = storyqa.evaluate(*args, keep=kept)
     whole = storyqa.evaluate(*args)
     table, again = storyqa.results(lines, resumed), storyqa.results(lines, whole)
@@ -186,7 +195,7 @@ def test_an_evaluation_goes_on_where_it_stopped(assistant: Assistant, tmp_path: 
     assert table[1]["settings"]["merge_ratio"] == 0.7
     assert set(table[1]["ask"]) == {"n", "correct", "low", "high", "to_full"}
     # Another seed is another evaluation.
-    other = storyqa.Progress(kept, {"split": "seen", "seed": 8, "stories": 10, "model": "nano"})
+    other = storyqa.Progress(kept, {"split": "seen", "seed": 8, "stories": 3, "model": "nano"})
     assert other.scores == {}
 
 

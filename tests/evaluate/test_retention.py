@@ -120,8 +120,8 @@ def test_every_method_answers_and_is_counted(assistant: Assistant, monkeypatch: 
 def test_processes_give_the_same_scores(assistant: Assistant, monkeypatch: Any) -> None:
     monkeypatch.setattr(storyqa, "CHUNK", 1)
     lines = [p.setting for p in retention.points(["vidcom2"], [0.1])[1:]]
-    here = storyqa.evaluate(assistant, lines, "seen", 3, 3)
-    there = storyqa.evaluate(assistant, lines, "seen", 3, 3, workers=2)
+    here = storyqa.evaluate(assistant, lines, "seen", 3, 2)
+    there = storyqa.evaluate(assistant, lines, "seen", 3, 2, workers=2)
     assert {n: vars(s) for n, s in here.items()} == {n: vars(s) for n, s in there.items()}
 
 
