@@ -59,14 +59,9 @@ class RowMap:
     ) -> Tensor | None:
         """Which keys may be seen: bool (B, T), or None where all may.
 
-        Parameters
-        ----------
-        attention_mask : Tensor, shape (B, logical length), or None
-            The user's mask over prompt and answer.
-        length : int
-            Rows in the layer, prefilled and later ones.
-        decode : bool
-            True for the view that a decode step takes, False for all rows.
+        ``attention_mask`` is the user's over prompt and answer, (B, logical length), or None;
+        ``length`` counts the layer's rows, prefilled and later ones; ``decode`` asks about the
+        view that a decode step takes, not about all rows.
         """
         start = self.start if decode else 0
         if attention_mask is None and not (self.uneven if decode else self.padded):
@@ -106,8 +101,7 @@ class Generation:
     newest : tokens of the last forward.
     open : whether a decoder forward runs now; rows may be added only inside one.
     grown : whether buffers changed since they were last measured.
-    counting : the first layer that has rows.
-    stock_layers : whether some layers stay what transformers made them, and grow by themselves.
+    counting, stock_layers : the first layer that has rows; whether some stay transformers' own.
     """
 
     method: Method
@@ -137,11 +131,17 @@ class VideoLayer(DynamicLayer):
     """
 
     def __init__(self, generation: Generation, upper: bool) -> None:
-        super().__init__()
-        self.generation, self.upper = generation, upper
-        self.length = 0
-        self.is_initialized = False
         self.buffers: list[Tensor] = []  # keys, values: (B, heads, capacity, D)
+        self.length = 0
+        self.generation, self.upper = generation, upper
+        super().__init__()
+
+    # Views are made when they are looked at; what transformers sets to None at first stays away.
+    keys = property(lambda self: self._rows(0), lambda self, _: None)
+    values = property(lambda self: self._rows(1), lambda self, _: None)
+
+    def _rows(self, which: int) -> Tensor | None:
+        return self.buffers[which].narrow(2, 0, self.length) if self.buffers else None
 
     @property
     def rows(self) -> RowMap:
@@ -150,23 +150,25 @@ class VideoLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        new, prefill = (key_states, value_states), not self.is_initialized
-        count, rows = key_states.shape[2], self.rows
+        new, prefill = (key_states, value_states), not self.buffers
+        count, rows, begin = key_states.shape[2], self.rows, self.length
         if prefill:
             self.dtype, self.device = key_states.dtype, key_states.device
             self.is_initialized = True
-        if prefill or self.length + count > self.buffers[0].shape[2]:
-            self._grow(new, self.length + count + ROOM)
+        if prefill or begin + count > self.buffers[0].shape[2]:
+            self._grow(new, begin + count + ROOM)
+        self.length = begin + count
         for buffer, states in zip(self.buffers, new, strict=True):
             if prefill and rows.order is not None:
                 order = rows.order.to(states.device)[:, None, :, None]
                 states = states.gather(2, order.expand_as(states))
-            buffer[:, :, self.length : self.length + count] = states
-        self.set_length(self.length + count)
+            buffer.narrow(2, begin, count).copy_(states)
         if prefill:
             return new
         start = rows.start if count == 1 else 0
-        return self.keys[:, :, start:], self.values[:, :, start:]
+        keys, values = self.buffers
+        length = self.length - start
+        return keys.narrow(2, start, length), values.narrow(2, start, length)
 
     def _grow(self, like: tuple[Tensor, Tensor], capacity: int) -> None:
         grown = []
@@ -177,19 +179,16 @@ class VideoLayer(DynamicLayer):
                 grown[i][:, :, : self.length] = self.buffers[i][:, :, : self.length]
         self.buffers, self.generation.grown = grown, True
 
-    def set_length(self, length: int) -> None:
-        """Show the first ``length`` rows of the buffers."""
-        self.length = length
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
-
-    def exchange(self, first: Tensor, second: Tensor) -> None:
-        """Exchange rows ``first[b, i]`` and ``second[b, i]`` of sample b, all at once."""
+    def places(self, rows: Tensor) -> Tensor:
+        """Rows ``rows[b, i]`` of sample b as rows of one long table over samples and heads."""
         batch, heads, capacity, _ = self.buffers[0].shape
-        # As rows of one long table, the exchange copies whole rows, several times faster than
-        # gather and scatter, which go element by element.
         table = torch.arange(batch * heads, device=self.device).view(batch, heads, 1) * capacity
-        to = (table + torch.cat([first, second], dim=1).to(self.device)[:, None]).flatten()
-        source = (table + torch.cat([second, first], dim=1).to(self.device)[:, None]).flatten()
+        return (table + rows.to(self.device)[:, None]).flatten()
+
+    def move(self, source: Tensor, to: Tensor) -> None:
+        """Copy rows of that table, all at once, to where others of them were."""
+        # Whole rows are copied, several times faster than by gather and scatter, which go element
+        # by element.
         for buffer in self.buffers:
             rows = buffer.view(-1, buffer.shape[3])
             rows.index_copy_(0, to, rows.index_select(0, source))
@@ -199,8 +198,8 @@ class VideoLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         # The new end is below every row that `exchange` may move: the cache has checked that.
-        if self.is_initialized:
-            self.set_length(self.length - abs(int(tokens_to_remove)))
+        if self.buffers:
+            self.length -= abs(int(tokens_to_remove))
 
     def reset(self) -> None:
         raise UnsupportedError("a DyCoke cache cannot be reset; pass a new DynamicCache()")
@@ -271,9 +270,14 @@ class VideoCache(DynamicCache):
         slots, rows = generation.upper_rows, generation.upper
         leaving, entering = pairs
         first, second = slots.gather(1, leaving), slots.gather(1, entering)
+        there, back = torch.cat([first, second], dim=1), torch.cat([second, first], dim=1)
+        moves: dict[Any, tuple[Tensor, Tensor]] = {}
         for layer in self.layers:
             if isinstance(layer, VideoLayer) and layer.upper:
-                layer.exchange(first, second)
+                like = layer.buffers[0].shape, layer.device
+                if like not in moves:
+                    moves[like] = layer.places(back), layer.places(there)
+                layer.move(*moves[like])
         slots = slots.scatter(1, leaving, second)
         generation.upper_rows = slots.scatter(1, entering, first)
         index = rows.index.scatter(1, first, rows.index.gather(1, second))

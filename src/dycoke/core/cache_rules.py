@@ -141,8 +141,6 @@ class DycokeCache(VideoCache):
         for layer in self.layers:
             if isinstance(layer, VideoLayer):
                 layer.buffers = map_tensors(layer.buffers, lambda x: pick(x).contiguous())
-                if layer.is_initialized:
-                    layer.set_length(layer.length)
             else:
                 # Rows and states. Stock layers reorder by themselves, but linear ones do not copy.
                 for name, value in vars(layer).items():

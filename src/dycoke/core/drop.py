@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dycoke.attention import query_scores
+from dycoke.compat import unknown
 from dycoke.core.cache import VideoCache
 from dycoke.core.method import Method
 from dycoke.core.prefill import row_map
@@ -31,21 +32,23 @@ def last_token_scores(
 
 
 def drop_rows(
-    method: Method, hidden: Tensor, scores: Tensor, cache: VideoCache, below: float
-) -> tuple[Tensor, Tensor]:
+    method: Method, inputs: dict[str, Any], scores: Tensor | None, cache: VideoCache
+) -> Tensor:
     """Ask the method what leaves, sample by sample, and tell the cache.
 
     Parameters
     ----------
-    hidden : Tensor, (B, R, D): what enters the layer.
+    inputs : of the first upper layer; its hidden_states (B, R, D) become those that go on,
+        (B, R', D), with what the method averaged.
     scores : Tensor, (B, R): attention of the last token in the layer below.
-    below : share of the layers that hold all rows.
 
     Returns
     -------
-    hidden : Tensor, (B, R', D): what goes on, with what the method averaged.
-    source : Tensor, long, (B, R'): the rows that stay, right-aligned.
+    Tensor, long, (B, R'): the rows that stay, right-aligned.
     """
+    if scores is None:
+        raise unknown("the scoring layer was not reached before the first upper one")
+    hidden, below = inputs["hidden_states"], cache.generation.record.below
     generation, device = cache.generation, hidden.device
     visual, index = generation.visual, generation.lower.index
     scores, states = scores.to(device), hidden
@@ -69,7 +72,8 @@ def drop_rows(
     index = torch.where(real, index.gather(1, source.to(index.device)), -1)
     first = [longest - n for n in lengths]
     cache.drop(row_map(index, first, any(first)), active)
-    return states.gather(1, source[..., None].expand(-1, -1, hidden.shape[-1])), source
+    inputs["hidden_states"] = states.gather(1, source[..., None].expand(-1, -1, hidden.shape[-1]))
+    return source
 
 
 def shorten_layer(inputs: dict[str, Any], source: Tensor, rows: int) -> None:

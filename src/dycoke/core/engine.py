@@ -28,7 +28,7 @@ from dycoke.core.drop import drop_rows, last_token_scores, shorten_layer
 from dycoke.core.generate import GenerateHooks, state_positions
 from dycoke.core.layers import plan_layers
 from dycoke.core.method import Method
-from dycoke.core.positions import offset_after
+from dycoke.core.positions import compacted, offset_after
 from dycoke.core.prefill import contexts_of, shorten, start
 from dycoke.core.records import IDLE, Record, Records
 from dycoke.errors import UnsupportedError
@@ -99,8 +99,7 @@ class _Local(threading.local):
 class Engine:
     """One method on one model, from `install` to `remove`.
 
-    Forwards of the decoder are serialised: threads may share the model, each with its own
-    generation.
+    Forwards of the decoder take turns: threads may share the model, each with its own generation.
     """
 
     def __init__(
@@ -320,12 +319,8 @@ class Engine:
         forward.lower_mask = generation.lower.key_mask(mask, rows, device, decode=False)
         inputs["attention_mask"] = forward.lower_mask
         if self.method.positions == "compact":
-            position_ids = inputs.get("position_ids")
-            if position_ids is None:
-                total = generation.length + forward.length
-                position_ids = torch.arange(generation.length, total, device=device)[None]
-            dropped = generation.dropped.to(position_ids.device)
-            inputs["position_ids"] = position_ids - dropped[:, None]
+            begin, dropped = generation.length, generation.dropped
+            inputs["position_ids"] = compacted(inputs, begin, forward.length, dropped)
 
     def _watch(self, forward: Forward, cache: Any, batch: int) -> None:
         """A forward that stays untouched: only count it."""
@@ -358,17 +353,15 @@ class Engine:
 
     def _check_taken(self, forward: Forward, cache: DycokeCache) -> None:
         """Raise where the decoder went another way than through the cache and the overrides."""
+        fault, who = "", type(self.decoder).__name__
         if forward.prefill and cache.row_count != cache.generation.lower.index.shape[1]:
+            fault = f"{who} did not fill the cache that it was handed"
+        elif forward.reached != self._overridden:
+            fault = f"{forward.reached} of {self._overridden} attention modules of {who} called"
+            fault += " the attention function of their config"
+        if fault:
             self._release()
-            raise compat.unknown(
-                f"{type(self.decoder).__name__} did not fill the cache that it was handed"
-            )
-        if forward.reached != self._overridden:
-            self._release()
-            raise compat.unknown(
-                f"{forward.reached} of {self._overridden} attention modules of "
-                f"{type(self.decoder).__name__} called the attention function of their config"
-            )
+            raise compat.unknown(fault)
 
     # Inside the decoder's layers: scores, rows that leave, masks that follow
 
@@ -409,15 +402,7 @@ class Engine:
             return None
         inputs = dict(self._named(module, args, kwargs))
         if forward.source is None:
-            if forward.scores is None:
-                raise compat.unknown("the scoring layer was not reached before the first upper one")
-            inputs["hidden_states"], forward.source = drop_rows(
-                self.method,
-                inputs["hidden_states"],
-                forward.scores,
-                forward.cache,
-                self.layers.below,
-            )
+            forward.source = drop_rows(self.method, inputs, forward.scores, forward.cache)
         shorten_layer(inputs, forward.source, forward.cache.generation.lower.index.shape[1])
         return (), inputs
 

@@ -8,7 +8,9 @@ beside others, or row by row needs its own offset.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,3 +83,13 @@ def offset_after(
     return PositionOffset(
         (last + 1 - real)[:, None], (seen.amax((0, 2)) + 1 - real)[:, None], spatial
     )
+
+
+def compacted(inputs: Mapping[str, Any], begin: int, new: int, dropped: Tensor) -> Tensor:
+    """Positions of ``new`` tokens from ``begin`` on, less the tokens ``dropped`` before, (B,)."""
+    position_ids = inputs.get("position_ids")
+    if position_ids is None:
+        device = inputs["inputs_embeds"].device
+        position_ids = torch.arange(begin, begin + new, device=device)[None]
+    positions: Tensor = position_ids - dropped.to(position_ids.device)[:, None]
+    return positions

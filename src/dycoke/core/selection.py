@@ -53,18 +53,11 @@ def needs_refresh(scores: Tensor, previous: Tensor | None, threshold: float) -> 
 def swap_pairs(active: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor] | None:
     """Pair the tokens that leave the active set with those that enter it.
 
-    Parameters
-    ----------
-    active, chosen : Tensor, bool, shape (B, V)
-        The active set before and after; equally large in each sample.
-
-    Returns
-    -------
-    None or (leaving, entering), each long of shape (B, n)
-        Token indices, n the largest number of changes in a sample. Samples with fewer changes
-        repeat their first pair, or pair a token with itself: applying the pairs as one
-        simultaneous exchange gives the same rows however often a pair is repeated. ``None`` where
-        nothing changes. This is the one place of a decode step that waits for the device.
+    ``active`` and ``chosen`` are the set before and after, bool (B, V), equally large in each
+    sample. Returns token indices (leaving, entering), each (B, n), n the largest number of changes
+    in a sample; None where nothing changes. Samples with fewer changes repeat their first pair, or
+    pair a token with itself: one simultaneous exchange gives the same rows however often a pair is
+    repeated. This is the one place of a decode step that waits for the device.
     """
     leaving, entering = active & ~chosen, chosen & ~active
     changes = leaving.sum(1)
