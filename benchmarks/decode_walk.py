@@ -53,14 +53,12 @@ def walk() -> dict[str, list[tuple[str, int]]]:
     frames = stories.render(story)
     times = tuple(float(i) for i in range(len(frames)))
     clip = Video(frames, tuple(range(len(frames))), times, len(frames), 1.0, "a story")
+    inputs = assistant.prepare(clip, stories.DESCRIBE[0])
     trace = Trace()
-    assistant.ask(
-        clip,
-        stories.DESCRIBE[0],
-        DyCoke(refresh_threshold=1.0),
-        max_new_tokens=6,
-        stopping_criteria=StoppingCriteriaList([trace]),
-    )
+    with DyCoke(refresh_threshold=1.0)(assistant.model):
+        assistant.model.generate(
+            **inputs, max_new_tokens=6, stopping_criteria=StoppingCriteriaList([trace])
+        )
     files: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for code in trace.seen.values():
         file = Path(code.co_filename).relative_to(SOURCE)

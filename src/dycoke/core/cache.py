@@ -187,8 +187,7 @@ class VideoLayer(DynamicLayer):
 
     def move(self, source: Tensor, to: Tensor) -> None:
         """Copy rows of that table, all at once, to where others of them were."""
-        # Whole rows are copied, several times faster than by gather and scatter, which go element
-        # by element.
+        # Whole rows are copied, which is several times faster than gather and scatter.
         for buffer in self.buffers:
             rows = buffer.view(-1, buffer.shape[3])
             rows.index_copy_(0, to, rows.index_select(0, source))
@@ -247,8 +246,7 @@ class VideoCache(DynamicCache):
 
     def begin(self, new: int, decode: bool) -> None:
         """A forward of ``new`` tokens starts; ``decode`` where it goes on with an answer."""
-        generation = self.generation
-        generation.newest = new
+        generation, self.generation.newest = self.generation, new
         if new > 1 and generation.visual.previous is not None:
             # What follows selects anew.
             generation.visual = replace(generation.visual, previous=None)

@@ -224,10 +224,7 @@ class Engine:
         return self._generate is not None and self._generate.speculative
 
     def _named(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All arguments of a forward by name, the cache by the newest one.
-
-        A user may pass the cache by its old name; hooks run before transformers renames it.
-        """
+        """All arguments of a forward by name; of the cache, which may come by its old one, too."""
         if args:
             kwargs = {**dict(zip(compat.parameters(module), args, strict=False)), **kwargs}
         if self._cache_in == "cache" and "past_key_values" in kwargs:
