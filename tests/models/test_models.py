@@ -72,7 +72,7 @@ def layout(prompt: Prompt) -> list[Any]:
         ("model_types", (None,), "model_types must be a tuple of words"),
         ("rope", "2-D", "rope must be one of '1-D', '3-D', got '2-D'"),
         ("layout", None, "layout must be a function, got None"),
-        ("checkpoints", ("llava",), 'checkpoints must be "owner/name", got \'llava\''),
+        ("checkpoints", ("llava",), "checkpoints must be \"owner/name\", got 'llava'"),
         ("checkpoints", (), "checkpoints must have at least one word"),
         ("frame_sources", ("video",), "frame_sources must be one of 'videos', 'images', got"),
         ("frame_sources", ("images", "images"), "none twice"),

@@ -23,11 +23,9 @@ def layout(prompt: Prompt) -> list[VideoSpan]:
         frames = prompt.inputs.get("num_frames_per_video")
         videos = tokens if frames is None else tokens.split(frames.tolist())
         rows = [int(video.sum()) for video in videos]
-    return [
-        # generate() drops the patch positions, so a frame's tokens are one row.
-        VideoSpan(sample, frames, (1, frames.shape[1]))
-        for sample, frames in prompt.cut(prompt.token_id, rows)
-    ]
+    # generate() drops the patch positions, so a frame's tokens are one row.
+    found = prompt.cut(prompt.token_id, rows)
+    return [VideoSpan(sample, frames, (1, frames.shape[1])) for sample, frames in found]
 
 
 def masks(
@@ -38,6 +36,7 @@ def masks(
     if text.use_bidirectional_attention != "vision" or types is None:
         return None
     from transformers.models.gemma4 import modeling_gemma4 as gemma4
+
     frames = gemma4.get_block_sequence_ids_for_mask(types, device=source.device).gather(1, source)
     make = gemma4.create_masks_for_vision_model
     made: dict[str, Any] = make(
