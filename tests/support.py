@@ -80,10 +80,10 @@ def compressed(
     settings: Compressor,
     inputs: dict[str, Any],
     tokens: int = 8,
-    frames: Any = None,
+    frame_source: Any = None,
     **kwargs: Any,
 ) -> tuple[Any, Run]:
-    with settings(model, frames=frames) as run:
+    with settings(model, frame_source=frame_source) as run:
         return generate(model, inputs, tokens, **kwargs), run
 
 

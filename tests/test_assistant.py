@@ -49,7 +49,7 @@ def test_the_answer_is_that_of_the_users_own_call(family: str, load: Any, clip: 
         answer = assistant.ask(video, "what happens", DyCoke(), max_new_tokens=6)
     inputs = assistant.prepare(video, "what happens")
     frames = "images" if family in ("internvl", "smolvlm") else None
-    with DyCoke()(assistant.model, frames=frames) as run:
+    with DyCoke()(assistant.model, frame_source=frames) as run:
         ids = assistant.model.generate(**inputs, max_new_tokens=6, do_sample=False)
     new = ids[0, inputs["input_ids"].shape[1] :]
     text = assistant.processor.tokenizer.decode(new, skip_special_tokens=True).strip()

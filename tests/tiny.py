@@ -579,7 +579,7 @@ class Family:
         """Whether stock generate hands a video on to beams and further answers as it is."""
         return not self.name.startswith("internvl" if OLDER else "glm")
 
-    def frames(self, videos: Sequence[Sequence[int]]) -> Any:
+    def frame_source(self, videos: Sequence[Sequence[int]]) -> Any:
         """What a user has to say about the frames of these videos (counts per sample)."""
         if not self.images:
             return None

@@ -21,7 +21,7 @@ from dycoke.core.cache_rules import DycokeCache
 from dycoke.core.positions import PositionOffset, offset_after
 from dycoke.core.records import Trace
 from dycoke.errors import UnsupportedError
-from dycoke.models.locate import own_frames, processor_options
+from dycoke.models.locate import frame_source_of, processor_options
 from dycoke.report import Report
 from dycoke.timing import Stopwatch, Timings
 from dycoke.video import Video, read
@@ -264,7 +264,7 @@ class Assistant:
             generate = GREEDY | generate
         streamer = _Streamer(self.processor.tokenizer, on_text) if on_text else None
         # Whatever the processor makes of the frames, they are those of one video.
-        with watch.compressing(compressor, trace, own_frames(self.model.config)) as run:
+        with watch.compressing(compressor, trace, frame_source_of(self.model.config)) as run:
             output = self.model.generate(**inputs, streamer=streamer, **generate)
         watch.timings.video_s = prepared
         watch.timings.total_s += prepared
@@ -322,7 +322,7 @@ class Seen:
         prepared = time.perf_counter() - began
 
         model = assistant.model
-        stopwatch, frames = Stopwatch(model), own_frames(model.config)
+        stopwatch, frames = Stopwatch(model), frame_source_of(model.config)
         given: dict[str, Any] = {}
         hook = model.get_decoder().register_forward_pre_hook(
             lambda module, args, kwargs: given.update(kwargs), with_kwargs=True

@@ -527,9 +527,9 @@ def models() -> None:
     table.add_column("RoPE")
     table.add_column("limits")
     for family in dict.fromkeys(families().values()):
-        name = f"{family.NAME}\n({', '.join(family.MODEL_TYPES)})"
-        checkpoints = "".join(f"\n  {checkpoint}" for checkpoint in family.CHECKPOINTS)
-        table.add_row(name + checkpoints, family.ROPE, "\n".join(limits(family)))
+        name = f"{family.name}\n({', '.join(family.model_types)})"
+        checkpoints = "".join(f"\n  {checkpoint}" for checkpoint in family.checkpoints)
+        table.add_row(name + checkpoints, family.rope, "\n".join(limits(family)))
     out.print(table, markup=False)
     out.print("Any other family: DyCoke(...)(model, layout=...), see the README.")
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dycoke.compressor import Compressor, Run
-from dycoke.models.locate import Frames
+from dycoke.models.locate import FrameSource
 from dycoke.vision.wrap import replaced_encoder
 
 
@@ -73,11 +73,14 @@ class Stopwatch:
 
     @contextmanager
     def compressing(
-        self, compressor: Compressor | None, trace: bool = False, frames: Frames | None = None
+        self,
+        compressor: Compressor | None,
+        trace: bool = False,
+        frame_source: FrameSource | None = None,
     ) -> Iterator[Run | None]:
         """Time the one generation inside; yields the compressor's run, if there is one.
 
-        ``frames`` is what the compressor is told about images, see `Compressor.__call__`.
+        ``frame_source`` says where the frames of a video are, see `Compressor.__call__`.
         """
         with ExitStack() as stack:
             # Hooks run in the order of their registration: ours around the compressor's.
@@ -86,7 +89,7 @@ class Stopwatch:
             self._hook(stack, self.decoder, self._begin)
             run = None
             if compressor is not None:
-                run = stack.enter_context(compressor(self.model, trace, frames=frames))
+                run = stack.enter_context(compressor(self.model, trace, frame_source=frame_source))
                 self._time_scores(run._engine.vision)
             self._hook(stack, self.base, self._compressed)
             self._hook(stack, self.decoder, self._compressed)

@@ -174,8 +174,8 @@ def test_the_table_of_models(run: Any, monkeypatch: Any) -> None:
     code, out, _ = run("models")
     assert code == 0
     for model_type, family in families().items():
-        words = [model_type, family.NAME, *family.CHECKPOINTS, *getattr(family, "NOTES", ())]
-        assert all(word in " ".join(out.split()) for word in words), family.NAME
+        words = [model_type, family.name, *family.checkpoints, *family.notes]
+        assert all(word in " ".join(out.split()) for word in words), family.name
     for limit in ("frames are images", "images are never merged", 'no positions="compact"'):
         assert limit in out
 

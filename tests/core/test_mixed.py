@@ -118,10 +118,10 @@ def test_images_alone_pass_untouched(family: str) -> None:
 @families
 def test_two_videos_in_one_prompt_at_ratio_zero(family: str) -> None:
     model, inputs = model_of(family), inputs_of(family, [[5, 5]], [(5, 7)])
-    frames = tiny.FAMILIES[family].frames([[5, 5]])
+    source = tiny.FAMILIES[family].frame_source([[5, 5]])
     plain = generate(model, inputs)
     for settings in (NOTHING, DyCoke(merge_ratio=0, prune_ratio=1e-9)):
-        output, run = compressed(model, settings, inputs, frames=frames)
+        output, run = compressed(model, settings, inputs, frame_source=source)
         assert torch.equal(output.sequences, plain.sequences)
         close(torch.cat(output.logits), torch.cat(plain.logits))
         assert run.report is not None

@@ -285,7 +285,9 @@ def test_two_adjacent_videos_are_two(family: str) -> None:
     """Boundaries come from the encoder's rows, not from gaps in the prompt."""
     model = model_of(family)
     inputs = inputs_of(family, [[5, 5]], [(5, 7)])
-    with DyCoke()(model, trace=True, frames=tiny.FAMILIES[family].frames([[5, 5]])) as run:
+    with DyCoke()(
+        model, trace=True, frame_source=tiny.FAMILIES[family].frame_source([[5, 5]])
+    ) as run:
         generate(model, inputs)
     assert run.report is not None and run.trace is not None
     sample = run.report.samples[0]

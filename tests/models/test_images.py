@@ -12,15 +12,14 @@ from support import close, compressed, exact, generate, inputs_of, model_of, unt
 import dycoke
 from dycoke import DyCoke, UnsupportedError
 from dycoke.models import families as known
-from dycoke.models import frame_kinds
 
 pytestmark = exact
 
 ONE = ([[7]], [(5, 7)])
 TWO = ([[3, 5], [3]], [(5, 7), (2, 4)])
 FRAMED = [name for name, family in tiny.FAMILIES.items() if family.images]
-BOTH = [name for name in tiny.FAMILIES if frame_kinds(known()[name]) == ("videos", "images")]
-NEITHER = [name for name in tiny.FAMILIES if frame_kinds(known()[name]) == ("videos",)]
+BOTH = [name for name in tiny.FAMILIES if known()[name].frame_sources == ("videos", "images")]
+NEITHER = [name for name in tiny.FAMILIES if known()[name].frame_sources == ("videos",)]
 
 framed = pytest.mark.parametrize("family", FRAMED)
 both = pytest.mark.parametrize("family", BOTH)
@@ -47,12 +46,12 @@ def as_images(family: str, videos: Any, text: Any, seed: int = 0) -> dict[str, A
 def test_undeclared_images_pass_untouched(family: str) -> None:
     model, inputs = model_of(family), inputs_of(family, *ONE)
     plain = generate(model, inputs)
-    for frames in (None, "videos"):
+    for source in (None, "videos"):
         with untouched(model):
-            output, run = compressed(model, DyCoke(), inputs, frames=frames)
+            output, run = compressed(model, DyCoke(), inputs, frame_source=source)
         assert torch.equal(output.sequences, plain.sequences)
         assert run.report is not None and not run.report.engaged
-        assert 'say frames="images"' in str(run.report.reason)
+        assert 'say frame_source="images"' in str(run.report.reason)
         assert run.report.samples[0].visual_tokens == 0
 
 
@@ -63,14 +62,14 @@ def test_images_of_a_video_family_pass_untouched(family: str) -> None:
     output, run = compressed(model, DyCoke(), inputs)
     assert torch.equal(output.sequences, plain.sequences)
     assert run.report is not None and not run.report.engaged
-    assert 'say frames="images"' in str(run.report.reason)
+    assert 'say frame_source="images"' in str(run.report.reason)
 
 
 @both
 def test_declared_images_of_a_video_family_are_merged(family: str) -> None:
     """... and give what the same mask gives by hand: the spans are right, the rest is tested."""
     model, inputs = model_of(family), as_images(family, *TWO)
-    with DyCoke()(model, frames=[3, 5], trace=True) as run:
+    with DyCoke()(model, frame_source=[3, 5], trace=True) as run:
         output = generate(model, inputs)
     assert run.report is not None and run.trace is not None
     videos = [sample.videos for sample in run.report.samples]
@@ -96,11 +95,11 @@ def test_declared_images_of_a_video_family_are_merged(family: str) -> None:
 @framed
 def test_declared_images_are_reported_as_such(family: str) -> None:
     model, inputs = model_of(family), inputs_of(family, *ONE)
-    _, run = compressed(model, DyCoke(), inputs, frames="images")
+    _, run = compressed(model, DyCoke(), inputs, frame_source="images")
     assert run.report is not None and run.report.engaged
     assert [v.source for v in run.report.samples[0].videos] == ["images"]
     assert "7 frames given as images" in str(run.report)
-    run = dycoke.apply(model, DyCoke(), frames="images")
+    run = dycoke.apply(model, DyCoke(), frame_source="images")
     generate(model, inputs)
     dycoke.remove(model)
     assert run.report is not None and run.report.engaged
@@ -109,37 +108,37 @@ def test_declared_images_are_reported_as_such(family: str) -> None:
 @framed
 def test_all_images_are_one_video_unless_told_otherwise(family: str) -> None:
     model, inputs = model_of(family), inputs_of(family, *TWO)
-    for frames, counts in (("images", [[8], [3]]), ([3, 5], [[3, 5], [3]]), ((3, 3, 2), None)):
+    for source, counts in (("images", [[8], [3]]), ([3, 5], [[3, 5], [3]]), ((3, 3, 2), None)):
         if counts is None:
             counts = [[3, 3, 2], [3]]
-        _, run = compressed(model, DyCoke(), inputs, frames=frames)
+        _, run = compressed(model, DyCoke(), inputs, frame_source=source)
         assert run.report is not None
         assert [[v.frames for v in s.videos] for s in run.report.samples] == counts
 
 
 @framed
-@pytest.mark.parametrize("frames", [[8], [5, 3], [3, 4], [3]])
-def test_counts_that_do_not_fit_are_refused(family: str, frames: list[int]) -> None:
+@pytest.mark.parametrize("source", [[8], [5, 3], [3, 4], [3]])
+def test_counts_that_do_not_fit_are_refused(family: str, source: list[int]) -> None:
     model, inputs = model_of(family), inputs_of(family, *TWO)
     with untouched(model), pytest.raises(UnsupportedError, match="does not fit a prompt with"):
-        compressed(model, DyCoke(), inputs, frames=frames)
+        compressed(model, DyCoke(), inputs, frame_source=source)
 
 
-@pytest.mark.parametrize("frames", ["image", "", [], [0], [2.0], [True], 8, "88", {"images": 1}])
-def test_a_bad_declaration_is_named(frames: Any) -> None:
-    with pytest.raises(ValueError, match=r'frames must be "videos", "images", or how many'):
-        dycoke.apply(model_of("internvl"), DyCoke(), frames=frames)
+@pytest.mark.parametrize("source", ["image", "", [], [0], [2.0], [True], 8, "88", {"images": 1}])
+def test_a_bad_declaration_is_named(source: Any) -> None:
+    with pytest.raises(ValueError, match=r'frame_source must be "videos", "images", or how many'):
+        dycoke.apply(model_of("internvl"), DyCoke(), frame_source=source)
 
 
 def test_a_layout_needs_no_declaration() -> None:
     with pytest.raises(ValueError, match="layout= finds the frames itself"):
-        dycoke.apply(model_of("internvl"), DyCoke(), layout=lambda _: [], frames="images")
+        dycoke.apply(model_of("internvl"), DyCoke(), layout=lambda _: [], frame_source="images")
 
 
 @pytest.mark.parametrize("family", NEITHER)
 def test_images_of_unequal_tokens_are_no_frames(family: str) -> None:
     with pytest.raises(UnsupportedError, match=f"images of {family} are not known as frames"):
-        dycoke.apply(model_of(family), DyCoke(), frames="images")
+        dycoke.apply(model_of(family), DyCoke(), frame_source="images")
 
 
 def test_tiles_of_an_image_are_no_frames() -> None:
@@ -150,14 +149,14 @@ def test_tiles_of_an_image_are_no_frames() -> None:
     inputs["input_ids"] = torch.cat([ids[:, order], ids[:, -1:]], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     with pytest.raises(UnsupportedError, match="images that are frames must be whole"):
-        compressed(model, DyCoke(), inputs, frames="images")
+        compressed(model, DyCoke(), inputs, frame_source="images")
     generate(model, inputs)  # which the stock model takes
 
     model, inputs = model_of("smolvlm"), inputs_of("smolvlm", *ONE)
     starts = (inputs["input_ids"][0] == tiny.VISION_START).nonzero()[:, 0]
     inputs["input_ids"][0, starts] = torch.arange(1, 8)  # row 1 column 1, row 1 column 2, ...
     with pytest.raises(UnsupportedError, match="do_image_splitting=False"):
-        compressed(model, DyCoke(), inputs, frames="images")
+        compressed(model, DyCoke(), inputs, frame_source="images")
 
 
 @both
@@ -173,8 +172,8 @@ def test_images_of_other_sizes_are_no_frames_of_one_video(family: str) -> None:
     pixels = inputs["pixel_values"]
     inputs["pixel_values"] = torch.cat([pixels, pixels[:8]])
     with pytest.raises(UnsupportedError, match=r"images of \(2, 3\) and of \(2, 4\) tokens"):
-        compressed(model, DyCoke(), inputs, frames="images")
-    _, run = compressed(model, DyCoke(), inputs, frames=[1, 1])
+        compressed(model, DyCoke(), inputs, frame_source="images")
+    _, run = compressed(model, DyCoke(), inputs, frame_source=[1, 1])
     assert run.report is not None and [v.frames for v in run.report.samples[0].videos] == [1, 1]
 
 
@@ -191,8 +190,8 @@ def test_a_video_beside_images_keeps_its_own_tokens() -> None:
         inputs[name] = image[name]
     for name in ("pixel_values_videos", "video_grid_thw"):
         inputs[name] = video[name]
-    for frames, sources in ((None, ["videos"]), ("images", ["videos", "images"])):
-        _, run = compressed(model, DyCoke(), inputs, frames=frames)
+    for source, sources in ((None, ["videos"]), ("images", ["videos", "images"])):
+        _, run = compressed(model, DyCoke(), inputs, frame_source=source)
         assert run.report is not None and run.report.engaged
         assert [v.source for v in run.report.samples[0].videos] == sources
 
@@ -201,7 +200,7 @@ def test_chunked_prefill_of_declared_images_is_refused() -> None:
     for family in FRAMED:
         model, inputs = model_of(family), inputs_of(family, *ONE)
         with pytest.raises(UnsupportedError, match=r"prefill_chunk_size|unchanged"):
-            compressed(model, DyCoke(), inputs, frames="images", prefill_chunk_size=20)
+            compressed(model, DyCoke(), inputs, frame_source="images", prefill_chunk_size=20)
 
 
 def test_a_compression_mask_that_drops_tokens_is_refused() -> None:

@@ -178,8 +178,8 @@ def test_a_padded_batch_equals_each_sample_alone(family: str, backend: str, kind
         pytest.skip("the stock model takes one tensor of equally long videos")
     seed, answers = padded(family, kind)
     batch = inputs_of(family, videos, PADDED_TEXT, seed)
-    frames = tiny.FAMILIES[family].frames(videos)
-    output, run = compressed(model_of(family, backend, seed), Best(), batch, frames=frames)
+    source = tiny.FAMILIES[family].frame_source(videos)
+    output, run = compressed(model_of(family, backend, seed), Best(), batch, frame_source=source)
     filled = [i for i, counts in enumerate(videos) if counts]
     for i, expected in zip(filled, answers, strict=True):
         check(expected, output, batch, run.report, i)

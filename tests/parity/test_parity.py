@@ -250,9 +250,9 @@ def test_a_left_padded_batch_equals_each_sample_alone(
         pytest.skip("the stock model takes one tensor of equally long videos")
     seed, answers = padded(family, kind, K, P)
     batch = inputs_of(family, videos, PADDED_TEXT, seed)
-    frames = tiny.FAMILIES[family].frames(videos)
+    source = tiny.FAMILIES[family].frame_source(videos)
     model = model_of(family, backend, seed)
-    output, run = compressed(model, settings_of(K, P), batch, frames=frames)
+    output, run = compressed(model, settings_of(K, P), batch, frame_source=source)
     report = run.report
     assert report is not None
     assert len(report.samples) == 3

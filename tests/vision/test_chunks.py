@@ -82,9 +82,9 @@ def same(ours: Any, whole: Any) -> None:
 @pytest.mark.parametrize("frames", [2, 4])
 def test_chunks_give_the_same(family: str, clip: str, frames: int) -> None:
     model, inputs = model_of(family), inputs_of(family, *CLIPS[clip])
-    declared = tiny.FAMILIES[family].frames(CLIPS[clip][0])
+    declared = tiny.FAMILIES[family].frame_source(CLIPS[clip][0])
     settings = DyCoke(merge_ratio=0, prune_ratio=1e-9)
-    for run in (generate, lambda m, i: compressed(m, settings, i, frames=declared)[0]):
+    for run in (generate, lambda m, i: compressed(m, settings, i, frame_source=declared)[0]):
         whole = run(model, inputs)
         with untouched(model), encode_in_chunks(model, frames):
             output = run(model, inputs)

@@ -87,10 +87,10 @@ class Recorder(Compressor):
         return super().merge_tokens(features, context)
 
 
-def recorded(model: Any, inputs: dict[str, Any], frames: Any = None, **kwargs: Any) -> list[Seen]:
+def recorded(model: Any, inputs: dict[str, Any], source: Any = None, **kwargs: Any) -> list[Seen]:
     """What the method is given while the model generates."""
     method = Recorder()
-    compressed(model, method, inputs, tokens=2, frames=frames, **kwargs)
+    compressed(model, method, inputs, tokens=2, frame_source=source, **kwargs)
     return seen_by(method)
 
 
@@ -215,11 +215,11 @@ def test_scores_and_keys_equal_the_oracle(family: str, backend: str, case: str) 
     videos, text = BATCH if case == "batch" else several(family)
     model = model_of(family, backend, seed=3)
     inputs = inputs_of(family, videos, text, seed=3)
-    frames = tiny.FAMILIES[family].frames(videos)
+    source = tiny.FAMILIES[family].frame_source(videos)
     plain = generate(model, inputs, 3)
     with untouched(model):
         method = Recorder()
-        output, _ = compressed(model, method, inputs, tokens=3, frames=frames)
+        output, _ = compressed(model, method, inputs, tokens=3, frame_source=source)
     assert torch.equal(output.sequences, plain.sequences)  # it keeps everything
     ours = seen_by(method)
     equal(ours, expected(family, model, inputs, videos))
@@ -424,10 +424,10 @@ def test_patches_of_all_slices_at_once(family: str) -> None:
 def test_in_chunks(family: str, outer: str, case: str) -> None:
     videos, text = BATCH if case == "batch" else several(family)
     model, inputs = model_of(family), inputs_of(family, videos, text)
-    frames = tiny.FAMILIES[family].frames(videos)
+    source = tiny.FAMILIES[family].frame_source(videos)
     theirs = expected(family, model, inputs, videos)
     method = Recorder()
-    blocks = [encode_in_chunks(model, 2), method(model, frames=frames)]
+    blocks = [encode_in_chunks(model, 2), method(model, frame_source=source)]
     with untouched(model), contextlib.ExitStack() as stack:
         for block in reversed(blocks) if outer == "chunks" else blocks:
             stack.enter_context(block)
@@ -445,8 +445,8 @@ def test_in_chunks(family: str, outer: str, case: str) -> None:
 def test_beams_and_several_answers(family: str, way: dict[str, Any]) -> None:
     videos, text = several(family)
     model, inputs = model_of(family), inputs_of(family, videos, text)
-    frames = tiny.FAMILIES[family].frames(videos)
-    ours = recorded(model, inputs, frames, **way)
+    source = tiny.FAMILIES[family].frame_source(videos)
+    ours = recorded(model, inputs, source, **way)
     theirs = iter(expected(family, model, inputs, videos))
     repeated = []
     for sample in videos:
@@ -471,10 +471,10 @@ def handed(inputs: dict[str, Any], output: Any) -> dict[str, Any]:
 def test_features_computed_earlier(family: str) -> None:
     videos, text = several(family)
     model, inputs = model_of(family), inputs_of(family, videos, text)
-    frames = tiny.FAMILIES[family].frames(videos)
+    source = tiny.FAMILIES[family].frame_source(videos)
     encode, given = encoder_of(model, inputs)
     method = Recorder()
-    with torch.no_grad(), method(model, frames=frames):
+    with torch.no_grad(), method(model, frame_source=source):
         bare = copy.copy(encode(**given))  # not wrapped: taken before the block
         encode, _ = encoder_of(model, inputs)
         output = pickle.loads(pickle.dumps(encode(**given)))
@@ -483,7 +483,7 @@ def test_features_computed_earlier(family: str) -> None:
     ways: list[dict[str, Any]] = [{}]
     if tiny.FAMILIES[family].repeats:
         ways.append({"num_beams": 2})
-    with method(model, frames=frames):
+    with method(model, frame_source=source):
         generate(model, handed(inputs, output), 2)
         equal(seen_by(method), theirs)
         with pytest.raises(
@@ -514,16 +514,16 @@ def test_features_of_another_prompt_are_refused() -> None:
 def test_an_error_leaves_nothing_behind(family: str) -> None:
     """An encoder that fails, a text-only prompt, features without scores, then a right prompt."""
     model = model_of(family)
-    frames = tiny.FAMILIES[family].frames(ONE[0])
+    source = tiny.FAMILIES[family].frame_source(ONE[0])
     first = inputs_of(family, *ONE, seed=1)
     second = inputs_of(family, *ONE, seed=2)
     method = Recorder()
     module = model.base_model.get_submodule(MODULES.get(family, "visual.blocks.1.attn"))
     behind = module.register_forward_hook(lambda *_: 1 / 0)
-    with untouched(model), pytest.raises(ZeroDivisionError), method(model, frames=frames):
+    with untouched(model), pytest.raises(ZeroDivisionError), method(model, frame_source=source):
         generate(model, first, 2)
     behind.remove()
-    with method(model, frames=frames):
+    with method(model, frame_source=source):
         behind = module.register_forward_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             generate(model, first, 2)
@@ -571,7 +571,7 @@ def test_declared_images_beside_a_video(family: str) -> None:
     model, inputs = model_of(family), inputs_of(family, *ONE)
     theirs = expected(family, model, inputs, ONE[0])
     image = images.image_of(model)
-    ours = recorded(model, images.insert(model, inputs, image, 2), frames="images")
+    ours = recorded(model, images.insert(model, inputs, image, 2), source="images")
     theirs += oracle(model, image, [[1]], 6)
     assert len(ours) == 2
     equal(sorted(ours, key=lambda seen: -len(seen[0])), theirs)
@@ -664,7 +664,7 @@ def test_what_is_collected_is_let_go() -> None:
 
 
 def test_families_without_are_refused_at_the_door() -> None:
-    known = {name for name, family in known_families().items() if hasattr(family, "VISION")}
+    known = {name for name, family in known_families().items() if family.vision_attention}
     assert known >= set(SERVED)
     model = model_of("gemma4")
     with (

@@ -15,7 +15,7 @@ from dycoke.bench.plan import Plan
 from dycoke.compat import cache_of
 from dycoke.compressor import Compressor
 from dycoke.core.records import held_bytes
-from dycoke.models.locate import Finder, own_frames
+from dycoke.models.locate import Finder, frame_source_of
 from dycoke.report import Report
 from dycoke.timing import Stopwatch, Timings
 from dycoke.video import Video, read
@@ -88,7 +88,7 @@ class Bench:
             plan = self.plan
             video = read(path, plan.frames, stream=plan.stream, max_pixels=plan.max_pixels)
             inputs = {k: _repeated(v, self.plan.batch) for k, v in self.prepare(video).items()}
-        with watch.compressing(compressor, frames=own_frames(self.model.config)) as run:
+        with watch.compressing(compressor, frame_source=frame_source_of(self.model.config)) as run:
             output = self.model.generate(
                 **inputs,
                 **GREEDY,
@@ -109,7 +109,7 @@ class Bench:
 
     def _visual_tokens(self, inputs: dict[str, Any]) -> int:
         config = self.model.base_model.config
-        spans = Finder(config, None, own_frames(config)).find(config, inputs)
+        spans = Finder(config, None, frame_source_of(config)).find(config, inputs)
         return sum(span.positions.numel() for span in spans)
 
     def measure(

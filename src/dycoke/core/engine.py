@@ -33,7 +33,7 @@ from dycoke.core.prefill import contexts_of, shorten, start
 from dycoke.core.records import IDLE, Record, Records
 from dycoke.errors import UnsupportedError
 from dycoke.models import Layout, Masks, VideoSpan
-from dycoke.models.locate import Finder, Frames
+from dycoke.models.locate import Finder, FrameSource
 from dycoke.patching import Patches
 from dycoke.vision.scores import Vision
 from dycoke.vision.wrap import ENCODED, carry_notes, note_encoded
@@ -108,15 +108,16 @@ class Engine:
         method: Method,
         trace: bool = False,
         layout: Layout | None = None,
-        frames: Frames | None = None,
+        frame_source: FrameSource | None = None,
     ) -> None:
         self.given, self.method, self.trace = given, method, trace
         self.model: Any = guards.transformers_model(given)
         self.base: Any = self.model.base_model
         self.decoder: Any = self.model.get_decoder()
-        self.finder = Finder(self.base.config, layout, frames)
-        self.masks: Masks | None = getattr(self.finder.family, "masks", None)
-        guards.check_settings(self.model, method, self.finder.rope)
+        self.finder = Finder(self.base.config, layout, frame_source)
+        family = self.finder.family
+        self.masks: Masks | None = None if family is None else family.masks
+        guards.check_settings(self.model, method, None if family is None else family.rope)
         compat.check_names(self.model, self.base, self.decoder)
         self._cache_in, self._cache_inside = map(compat.cache_name, (self.base, self.decoder))
         vision = getattr(self.base.config, "vision_config", None)
@@ -125,7 +126,7 @@ class Engine:
         self.implementation = self.decoder.config._attn_implementation
         self.vision: Vision | None = None
         if method.needs_vision and (trace or not method.idle):
-            self.vision = Vision(self.model, self.finder.family, self.finder.kinds)
+            self.vision = Vision(self.model, family, self.finder.kinds)
         self.records = Records(method, self.layers.below, trace)
         self.running: Forward | None = None  # the decoder's forward; one at a time
         self._local = _Local()

@@ -1,318 +1,75 @@
 """Model families: where the video tokens stand in a prompt.
 
-One file per family, found by ``config.model_type``. Each states
+A family is a file of this folder, 15 to 60 lines, that is found by itself. It has one function,
+``layout(prompt)``, which returns where the tokens of each video are, and ends in ``FAMILY =
+Family(...)``, which states in this order of importance
 
-- ``MODEL_TYPES``: the ``config.model_type`` values it serves,
-- ``ROPE``: ``"1-D"`` or ``"3-D"``,
-- ``layout(prompt) -> list[VideoSpan]``: one span per video, or per image where those are asked for,
-- ``NAME`` and ``CHECKPOINTS`` for people, and where there is more to say ``NOTES``, a tuple: what
-  does not apply, and why,
+- the family's name, the ``config.model_type`` values that it serves, and checkpoints for people,
+- whether its rotary positions are 1-D or 3-D,
+- whether the frames of a video come as videos, as images, or as either,
+- where the vision encoder keeps its attention, for methods that look at it, and in which order the
+  encoder takes the tokens, if not in the prompt's,
+- and what differs from other families: masks that are more than causal and windowed, another name
+  of the video's placeholder, options without which the processor makes prompts that cannot be
+  compressed, and notes on what does not apply.
 
-and what differs from the usual
-
-- ``FRAMES``: what its frames may be given as, of ``"videos"`` (the default) and ``"images"``,
-- ``VIDEO_TOKEN``: the config's name for the placeholder of a video, if not ``"video_token_id"``,
-- ``PROCESSOR``: arguments without which its processor makes prompts that cannot be compressed,
-- ``masks`` (`Masks`), where the model's masks are more than causal and windowed,
-- ``VISION``: where the vision encoder's attention modules are in the base model, ``*`` for the
-  layer; without it a family cannot serve methods that need them (`vision.py`),
-- ``encoder_order(vision_config, grid) -> Tensor``: for a video of (slices, rows, columns) tokens,
-  their order in the encoder, where it is not the prompt's.
+`Family` in `base.py` documents and checks each field; `locate.py` asks the family about a prompt.
+``examples/new_family.py`` adds one.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
-from math import isqrt
-from types import ModuleType
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from dycoke.errors import UnsupportedError
-from dycoke.vision.wrap import PIXELS
+from dycoke.models.base import Family, Layout, Masks, Prompt, VideoSpan
 
-
-@dataclass(frozen=True, eq=False)
-class VideoSpan:
-    """The visual tokens of one video in a prompt.
-
-    Attributes
-    ----------
-    sample : int
-        Row of the batch.
-    positions : Tensor, long, shape (F, N)
-        Where each frame's tokens stand in the prompt, frames in order, row-major inside a frame.
-    grid : (int, int)
-        Rows and columns of one frame; their product is N. (1, N) where they are not known.
-    source : "videos" or "images"
-        What the frames were given as.
-    """
-
-    sample: int
-    positions: Tensor
-    grid: tuple[int, int]
-    source: str = "videos"
-
-    def __post_init__(self) -> None:
-        if self.positions.ndim != 2 or 0 in self.positions.shape:
-            raise ValueError(
-                f"positions must have the shape (F, N), got {tuple(self.positions.shape)}"
-            )
-        if self.grid[0] * self.grid[1] != self.positions.shape[1]:
-            raise ValueError(
-                f"a grid of {self.grid} does not hold {self.positions.shape[1]} tokens per frame"
-            )
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """What a family may look at to find the video tokens.
-
-    Attributes
-    ----------
-    config : the model's config.
-    input_ids : Tensor, long, shape (B, S)
-    position_ids : Tensor or None
-        As `generate` passes them, (..., B, S).
-    inputs : mapping
-        Everything else that the model's forward received.
-    encoded : sequence of int or None
-        Rows of each video (image) in the vision encoder's output, in prompt order, where `generate`
-        encoded it before the forward (transformers 5.18 and newer).
-    kind : "video" or "image"
-        What is asked for. Images are, where they were declared to be frames.
-    counts : sequence of int or None
-        Frames of each video (image) that the vision encoder got, in its order; None where it was
-        called outside the block. Beams and further answers repeat a video, but not its count:
-        `counts_of`.
-    """
-
-    config: Any
-    input_ids: Tensor
-    position_ids: Tensor | None
-    inputs: Mapping[str, Any]
-    encoded: Sequence[int] | None
-    kind: str = "video"
-    counts: Sequence[int] | None = None
-
-    @property
-    def pixels(self) -> Any:
-        """What the processor made of the videos (images), where `generate` did not encode them."""
-        return self.inputs.get(PIXELS[self.kind])
-
-    @property
-    def grids(self) -> Tensor | None:
-        """Slices, rows and columns of patches, (videos or images, 3), where they are passed on."""
-        return self.inputs.get(f"{self.kind}_grid_thw")
-
-    @property
-    def token_id(self) -> int:
-        """The placeholder of a video (image)."""
-        token: int = getattr(self.config, f"{self.kind}_token_id")
-        return token
-
-    def split(self, token_id: int, rows: Sequence[int]) -> list[tuple[int, Tensor]]:
-        """Cut the placeholders of ``token_id`` into videos of ``rows`` tokens each.
-
-        Videos fill placeholders in prompt order, as the model scatters them. Counts come from the
-        encoder, never from gaps in the prompt: adjacent videos have none.
-
-        Returns
-        -------
-        list of (sample, positions), positions long of shape (rows[i],); none for rows of 0
-        """
-        places = (self.input_ids == token_id).nonzero()
-        rows = [n for n in rows if n]  # a sample without images may have an entry of its own
-        if len(places) != sum(rows):
-            raise UnsupportedError(
-                f"the prompt has {len(places)} {self.kind} placeholders where the {self.kind}s "
-                f"fill {sum(rows)}: it was cut or built by hand; pass the processor's output "
-                "unchanged"
-            )
-        videos = []
-        for video in torch.split(places, list(rows)):
-            sample = int(video[0, 0])
-            if int(video[-1, 0]) != sample:
-                raise UnsupportedError(
-                    f"a {self.kind} runs over the end of its prompt into the next one; pass the "
-                    "processor's output unchanged"
-                )
-            videos.append((sample, video[:, 1]))
-        return videos
-
-    def frames(self, positions: Tensor, tokens_per_frame: int) -> Tensor:
-        """Cut one video's positions into whole frames: (F * N,) -> (F, N)."""
-        if tokens_per_frame < 1 or len(positions) == 0 or len(positions) % tokens_per_frame:
-            raise UnsupportedError(
-                f"{len(positions)} video tokens are not a whole number of frames of "
-                f"{tokens_per_frame}; was the prompt cut (prefill_chunk_size)? Prefill it at once"
-            )
-        return positions.view(-1, tokens_per_frame)
-
-    def counts_of(self, samples: Sequence[int]) -> list[int] | None:
-        """Frames of each video, for videos in these samples; None where nothing tells."""
-        if self.counts is None:
-            return None
-        counts = [n for n in self.counts if n]
-        repeats = max(1, len(samples) // max(1, len(counts)))
-        if repeats * len(counts) != len(samples):
-            raise UnsupportedError(
-                f"the prompt has {len(samples)} {self.kind}s where the encoder got {len(counts)}; "
-                "pass the processor's output unchanged"
-            )
-        # Of a repeated sample the first has the counts.
-        known: dict[int, list[int]] = {}
-        firsts = [sample for sample in samples if sample % repeats == 0]
-        for sample, count in zip(firsts, counts, strict=True):
-            known.setdefault(sample, []).append(count)
-        left = {sample: iter(known[sample - sample % repeats]) for sample in samples}
-        return [next(left[sample]) for sample in samples]
-
-    def cut(self, token_id: int, rows: Sequence[int]) -> list[tuple[int, Tensor]]:
-        """The videos of ``token_id`` in the frames that the encoder got.
-
-        For families whose frames are of any size, and whose prompts need not show where one ends.
-
-        Returns
-        -------
-        list of (sample, positions), positions long of shape (F, N)
-        """
-        videos = self.split(token_id, rows)
-        counts = self.counts_of([sample for sample, _ in videos])
-        if counts is None:
-            raise UnsupportedError(
-                f"nothing tells how many frames each {self.kind} has: its features were encoded "
-                "outside the block, or cut by prefill_chunk_size. Call generate() with the "
-                "processor's output inside the block, and prefill at once, or pass layout="
-            )
-        for (_, places), count in zip(videos, counts, strict=True):
-            if len(places) % count:
-                raise UnsupportedError(
-                    f"{len(places)} {self.kind} tokens are not {count} frames of one size, as the "
-                    "encoder got them; pass the processor's output unchanged"
-                )
-        return [
-            (sample, places.view(count, -1))
-            for (sample, places), count in zip(videos, counts, strict=True)
-        ]
-
-    def packed(self, token_id: int) -> list[tuple[int, Tensor, tuple[int, int]]]:
-        """The videos of a family that takes all patches as one list, with a grid per video.
-
-        Returns
-        -------
-        list of (sample, positions, grid), positions long of shape (F, N), grid as in `VideoSpan`
-        """
-        merge = self.config.vision_config.spatial_merge_size
-        grids, rows = self.grids, self.encoded
-        filled = None if grids is None else (grids.prod(-1) // merge**2).tolist()
-        if rows is None:
-            if filled is None or self.pixels is None:
-                return []
-            rows = filled
-        elif filled is not None and list(rows) != filled:
-            raise UnsupportedError(
-                f"{self.kind}_grid_thw is of {filled} tokens per {self.kind}, and the encoder made "
-                f"{list(rows)} of them; pass the grids of what was encoded"
-            )
-        videos = self.split(token_id, rows)
-        if grids is None:
-            shapes = [self._grid(sample, places) for sample, places in videos]
-        else:
-            shapes = [(height // merge, width // merge) for _, height, width in grids.tolist()]
-        return [
-            (sample, self.frames(places, shape[0] * shape[1]), shape)
-            for (sample, places), shape in zip(videos, shapes, strict=True)
-        ]
-
-    def _grid(self, sample: int, places: Tensor) -> tuple[int, int]:
-        """Rows and columns of a frame, from the height and width positions of its video.
-
-        `generate` of transformers 5.18 and newer drops the grid once it has encoded the video. The
-        temporal positions cannot stand in for it: slow sampling gives several slices the same
-        value. The first run is the first frame, or all of them, which share these positions.
-        """
-        ids = self.position_ids
-        if ids is None or ids.ndim != 3 or ids.shape[0] < 3:
-            raise UnsupportedError(
-                f"the grid is neither in {self.kind}_grid_thw nor in 3-D position_ids; pass the "
-                "processor's whole output to generate()"
-            )
-        run = places[: int((places.diff() == 1).long().cumprod(0).sum()) + 1]
-        sides = [int(side.max() - side.min()) + 1 for side in ids[-2:, sample, run]]
-        if len(run) % (sides[0] * sides[1]):
-            raise UnsupportedError(
-                f"{len(run)} {self.kind} tokens behind each other do not have the positions of "
-                f"whole frames; pass the processor's mm_token_type_ids, or {self.kind}_grid_thw, "
-                "and prefill at once, without prefill_chunk_size"
-            )
-        return sides[0], sides[1]
-
-
-Layout = Callable[[Prompt], list[VideoSpan]]
-"""Finds the videos of a prompt; a family's own, or one that a user passes."""
-
-Masks = Callable[[Any, Mapping[str, Any], Mapping[str, Any], Tensor], dict[str, Any] | None]
-"""Makes a prompt's masks anew once it is shortened, or returns None where the usual ones do.
-
-Takes the model's config, what the model received, what its decoder will receive (shortened), and
-the prompt position of each row that stayed, (B, R). Returns a mask per kind of layer.
-"""
-
-
-def square(tokens: int) -> tuple[int, int]:
-    """The grid of a frame of so many tokens: a square where they make one, else a row."""
-    side = isqrt(tokens)
-    return (side, side) if side**2 == tokens else (1, tokens)
+_NO_FAMILIES = ("base", "locate")
 
 
 @cache
-def families() -> dict[str, ModuleType]:
-    """All known families: ``model_type`` -> its module."""
-    table: dict[str, ModuleType] = {}
+def families() -> dict[str, Family]:
+    """All known families, by the ``config.model_type`` values that they serve."""
+    table: dict[str, Family] = {}
     for info in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{info.name}")
-        table.update(dict.fromkeys(getattr(module, "MODEL_TYPES", ()), module))
+        if info.name not in _NO_FAMILIES:
+            family: Family = importlib.import_module(f"{__name__}.{info.name}").FAMILY
+            for model_type in family.model_types:
+                if model_type in table:
+                    raise ValueError(
+                        f"{family.name} and {table[model_type].name} both serve {model_type!r}"
+                    )
+                table[model_type] = family
     return table
 
 
-def family_of(config: Any) -> ModuleType:
+def family_of(config: Any) -> Family:
     """The family that serves this config, or an error that lists the known ones."""
     model_type = getattr(config, "model_type", None)
-    try:
-        return families()[model_type]  # type: ignore[index]
-    except KeyError:
+    family = families().get(str(model_type))
+    if family is None:
         raise UnsupportedError(
             f"the model family {model_type!r} is not known; known: "
             f"{', '.join(sorted(families()))}; for another one pass layout=, a function that "
             "takes a dycoke.models.Prompt and returns a VideoSpan per video"
-        ) from None
+        )
+    return family
 
 
-def frame_kinds(family: ModuleType) -> tuple[str, ...]:
-    """What a family's frames may be given as; its processor's own way first."""
-    kinds: tuple[str, ...] = getattr(family, "FRAMES", ("videos",))
-    return kinds
-
-
-def limits(family: ModuleType) -> list[str]:
+def limits(family: Family) -> list[str]:
     """What of DyCoke does not apply to a family, or only on request, and why."""
-    kinds = frame_kinds(family)
-    if "images" not in kinds:
+    if "images" not in family.frame_sources:
         found = ["images are never merged"]
-    elif "videos" in kinds:
-        found = ['images are merged only with frames="images"']
+    elif "videos" in family.frame_sources:
+        found = ['images are merged only with frame_source="images"']
     else:
-        found = ['frames are images, merged only with frames="images"']
-    if family.ROPE == "3-D":
+        found = ['frames are images, merged only with frame_source="images"']
+    if family.rope == "3-D":
         found.append('no positions="compact", which numbers 1-D positions')
-    return [*found, *getattr(family, "NOTES", ())]
+    return [*found, *family.notes]
 
 
-__all__ = ["Prompt", "VideoSpan", "families", "family_of", "frame_kinds", "limits", "square"]
+__all__ = ["Family", "Layout", "Masks", "Prompt", "VideoSpan", "families", "family_of", "limits"]

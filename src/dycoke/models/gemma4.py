@@ -8,20 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from dycoke.compat import cache_argument, cache_of
-from dycoke.models import Prompt, VideoSpan
-
-MODEL_TYPES = ("gemma4",)
-ROPE = "1-D"
-NAME = "Gemma 4"
-CHECKPOINTS = ("google/gemma-4-E2B-it", "google/gemma-4-12B-it")
-NOTES = ("layers with a window see all that merging left, only full-attention layers are pruned",)
+from dycoke.models.base import Family, Prompt, VideoSpan
 
 
 def layout(prompt: Prompt) -> list[VideoSpan]:
     rows = prompt.encoded
     if rows is None:
         patches = prompt.inputs.get("video_position_ids")
-        if patches is None or prompt.inputs.get("pixel_values_videos") is None:
+        if patches is None or prompt.pixels is None:
             return []
         # (frames of all videos, patches, 2), or, in older versions, (videos, frames, patches, 2).
         pooled = prompt.config.vision_config.pooling_kernel_size**2
@@ -29,11 +23,9 @@ def layout(prompt: Prompt) -> list[VideoSpan]:
         frames = prompt.inputs.get("num_frames_per_video")
         videos = tokens if frames is None else tokens.split(frames.tolist())
         rows = [int(video.sum()) for video in videos]
-    return [
-        # generate() drops the patch positions, so a frame's tokens are one row.
-        VideoSpan(sample, frames, (1, frames.shape[1]))
-        for sample, frames in prompt.cut(prompt.token_id, rows)
-    ]
+    # generate() drops the patch positions, so a frame's tokens are one row.
+    found = prompt.cut(prompt.token_id, rows)
+    return [VideoSpan(sample, frames, (1, frames.shape[1])) for sample, frames in found]
 
 
 def masks(
@@ -45,15 +37,23 @@ def masks(
         return None
     from transformers.models.gemma4 import modeling_gemma4 as gemma4
 
-    frames = gemma4.get_block_sequence_ids_for_mask(types, device=source.device)
-    frames = frames.gather(1, source)
+    frames = gemma4.get_block_sequence_ids_for_mask(types, device=source.device).gather(1, source)
     make = gemma4.create_masks_for_vision_model
     made: dict[str, Any] = make(
         config=text,
-        inputs_embeds=inputs["inputs_embeds"],
-        attention_mask=inputs["attention_mask"],
-        position_ids=inputs["position_ids"],
+        **{k: inputs[k] for k in ("inputs_embeds", "attention_mask", "position_ids")},
         block_sequence_ids=frames,
         **{cache_argument(make): cache_of(inputs)},
     )
     return made
+
+
+FAMILY = Family(
+    name="Gemma 4",
+    model_types=("gemma4",),
+    rope="1-D",
+    layout=layout,
+    checkpoints=("google/gemma-4-E2B-it", "google/gemma-4-12B-it"),
+    masks=masks,
+    notes=("only full-attention layers are pruned; those with a window see all kept tokens",),
+)

@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-from dycoke.models import Prompt, VideoSpan, square
-
-MODEL_TYPES = ("internvl",)
-ROPE = "1-D"
-FRAMES = ("images",)
-VISION = "vision_tower.encoder.layer.*.attention"
-NAME = "InternVL3, InternVL3.5"
-CHECKPOINTS = ("OpenGVLab/InternVL3-8B-hf", "OpenGVLab/InternVL3_5-8B-HF")
-NOTES = ("beams and several answers mix up frames in transformers 5.17 itself",)
+from dycoke.models.base import Family, Prompt, VideoSpan, square
 
 
 def layout(prompt: Prompt) -> list[VideoSpan]:
@@ -24,3 +16,15 @@ def layout(prompt: Prompt) -> list[VideoSpan]:
         VideoSpan(sample, places[None], square(len(places)))
         for sample, places in prompt.split(prompt.token_id, rows)
     ]
+
+
+FAMILY = Family(
+    name="InternVL3, InternVL3.5",
+    model_types=("internvl",),
+    rope="1-D",
+    layout=layout,
+    checkpoints=("OpenGVLab/InternVL3-8B-hf", "OpenGVLab/InternVL3_5-8B-HF"),
+    frame_sources=("images",),
+    vision_attention="vision_tower.encoder.layer.*.attention",
+    notes=("beams and several answers mix up frames in transformers 5.17 itself",),
+)

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from dycoke.models import Prompt, VideoSpan
-
-MODEL_TYPES = ("llava_next_video",)
-ROPE = "1-D"
-VISION = "vision_tower.encoder.layers.*.self_attn"
-NAME = "LLaVA-NeXT-Video"
-CHECKPOINTS = ("llava-hf/LLaVA-NeXT-Video-7B-hf", "llava-hf/LLaVA-NeXT-Video-34B-hf")
+from dycoke.models.base import Family, Prompt, VideoSpan
 
 
 def layout(prompt: Prompt) -> list[VideoSpan]:
@@ -21,6 +15,16 @@ def layout(prompt: Prompt) -> list[VideoSpan]:
             return []
         rows = [pixels.shape[1] * side * side] * pixels.shape[0]
     return [
-        VideoSpan(sample, prompt.frames(places, side * side), (side, side))
+        VideoSpan(sample, prompt.whole_frames(places, side * side), (side, side))
         for sample, places in prompt.split(prompt.config.video_token_id, rows)
     ]
+
+
+FAMILY = Family(
+    name="LLaVA-NeXT-Video",
+    model_types=("llava_next_video",),
+    rope="1-D",
+    layout=layout,
+    checkpoints=("llava-hf/LLaVA-NeXT-Video-7B-hf", "llava-hf/LLaVA-NeXT-Video-34B-hf"),
+    vision_attention="vision_tower.encoder.layers.*.self_attn",
+)

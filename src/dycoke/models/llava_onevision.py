@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-from dycoke.models import Prompt, VideoSpan
-
-MODEL_TYPES = ("llava_onevision",)
-ROPE = "1-D"
-VISION = "vision_tower.encoder.layers.*.self_attn"
-NAME = "LLaVA-OneVision"
-CHECKPOINTS = (
-    "llava-hf/llava-onevision-qwen2-7b-ov-hf",
-    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
-)
+from dycoke.models.base import Family, Prompt, VideoSpan
 
 
 def layout(prompt: Prompt) -> list[VideoSpan]:
@@ -25,6 +16,19 @@ def layout(prompt: Prompt) -> list[VideoSpan]:
             return []
         rows = [pixels.shape[1] * side * side + 1] * pixels.shape[0]
     return [
-        VideoSpan(sample, prompt.frames(places[:-1], side * side), (side, side))
+        VideoSpan(sample, prompt.whole_frames(places[:-1], side * side), (side, side))
         for sample, places in prompt.split(prompt.config.video_token_id, rows)
     ]
+
+
+FAMILY = Family(
+    name="LLaVA-OneVision",
+    model_types=("llava_onevision",),
+    rope="1-D",
+    layout=layout,
+    checkpoints=(
+        "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+        "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
+    ),
+    vision_attention="vision_tower.encoder.layers.*.self_attn",
+)

@@ -10,48 +10,62 @@ import torch
 from torch import Tensor
 
 from dycoke.errors import UnsupportedError
-from dycoke.models import Layout, Prompt, VideoSpan, families, family_of, frame_kinds
+from dycoke.models import families, family_of
+from dycoke.models.base import Family, Layout, Prompt, VideoSpan
 from dycoke.vision.wrap import ENCODED, PIXELS, frames_given, noted_frames
 
 NO_VIDEO = "no video in the prompt"
 
-Frames = str | Sequence[int]
+FrameSource = str | Sequence[int]
 """Where the frames are: "videos", "images", or how many images each video of a prompt has."""
+
+_KINDS = {"videos": "video", "images": "image"}
 
 
 class Finder:
-    """What a model's config, the user's layout and the user's word on images come to.
+    """Finds the frames of a prompt, for one model and what its user said of them.
 
     Parameters
     ----------
     config : the model's config.
     layout : the user's own, in place of a known family's.
-    frames : None and "videos" leave images alone; see `join_images` for the others.
+    frame_source : None and "videos" leave images alone; see `join_images` for the others.
+
+    Attributes
+    ----------
+    family : Family or None
+        None where the user's own layout finds the videos.
+    kinds : list of str
+        What may hold frames, of "video" and "image".
     """
 
-    def __init__(self, config: Any, layout: Layout | None, frames: Frames | None) -> None:
-        self.frames = check_frames(frames)
-        if layout is not None and frames is not None:
+    def __init__(
+        self, config: Any, layout: Layout | None, frame_source: FrameSource | None
+    ) -> None:
+        self.frame_source = check_frame_source(frame_source)
+        if layout is not None and frame_source is not None:
             raise ValueError(
-                f"layout= finds the frames itself, so frames={frames!r} would say nothing; drop one"
+                f"layout= finds the frames itself, so frame_source={frame_source!r} would say "
+                "nothing; drop one"
             )
-        self.family = family_of(config) if layout is None else None
-        self.layout: Layout = layout or self.family.layout  # type: ignore[union-attr]
-        self.rope: str | None = getattr(self.family, "ROPE", None)
-        self.given = ("videos", "images") if self.family is None else frame_kinds(self.family)
-        images = self.frames != "videos"
-        if images and "images" not in self.given:
+        self.family: Family | None = None
+        self.sources: tuple[str, ...] = tuple(_KINDS)
+        if layout is None:
+            self.family = family_of(config)
+            layout, self.sources = self.family.layout, self.family.frame_sources
+        self.layout = layout
+        images = self.frame_source != "videos"
+        if images and "images" not in self.sources:
             raise UnsupportedError(
-                f"frames={frames!r}: the images of {config.model_type} are not known as frames; "
-                "give the processor a video, or pass layout="
+                f"frame_source={frame_source!r}: the images of {config.model_type} are not known "
+                "as frames; give the processor a video, or pass layout="
             )
-        # A layout of the user's own is asked about whatever came.
-        wanted = {"videos": "video", "images": "image"}
-        if self.family is not None and not images:
-            del wanted["images"]
-        self.kinds = [kind for name, kind in wanted.items() if name in self.given]
-        names = {"video": getattr(self.family, "VIDEO_TOKEN", "video_token_id")}
-        tokens = [getattr(config, names.get(k, "image_token_id"), None) for k in self.kinds]
+        # A layout of the user's own is called for whatever came.
+        images = images or self.family is None
+        self.kinds = [_KINDS[s] for s in self.sources if images or s != "images"]
+        video_token = "video_token_id" if self.family is None else self.family.video_token
+        names = {"video": video_token, "image": "image_token_id"}
+        tokens = [getattr(config, names[kind], None) for kind in self.kinds]
         self.token_ids = {token for token in tokens if token is not None}
         self.image_token_id = getattr(config, "image_token_id", None)
 
@@ -69,11 +83,11 @@ class Finder:
         """Why a forward without frames stays as it is."""
         if not _arrived(inputs, "image") or "image" in self.kinds:
             return NO_VIDEO
-        if "images" not in self.given:
+        if "images" not in self.sources:
             return f"{NO_VIDEO}, and images are not merged"
         return (
             f"{NO_VIDEO}, and images are not merged by default: where they are frames of one, say "
-            'frames="images"'
+            'frame_source="images"'
         )
 
     def videos(
@@ -128,43 +142,46 @@ class Finder:
             if self.family is None:
                 return found
             _check_counts(prompt, found)
-            spans += join_images(prompt, found, self.frames) if kind == "image" else found
+            spans += join_images(prompt, found, self.frame_source) if kind == "image" else found
         return spans
 
 
-def own_frames(config: Any) -> str | None:
-    """What a family's own processor makes of a video; None for a family that is not known."""
-    family = families().get(getattr(config, "model_type", ""))
-    return None if family is None else frame_kinds(family)[0]
+def frame_source_of(config: Any) -> str | None:
+    """What a family's processor makes of a video; None for a family that is not known."""
+    family = families().get(str(getattr(config, "model_type", None)))
+    return None if family is None else family.frame_sources[0]
 
 
 def processor_options(config: Any) -> dict[str, Any]:
-    """What a family's processor has to be told, for prompts that can be compressed."""
-    return dict(getattr(families().get(getattr(config, "model_type", "")), "PROCESSOR", {}))
+    """What a family's processor has to be called with, for prompts that can be compressed."""
+    family = families().get(str(getattr(config, "model_type", None)))
+    return {} if family is None else dict(family.processor_options)
 
 
-def check_frames(frames: Any) -> Frames:
-    """``frames`` in one of its forms, or a ValueError."""
-    if frames is None or frames in ("videos", "images"):
-        return frames or "videos"
-    counts = frames if isinstance(frames, Sequence) and not isinstance(frames, str) else ()
+def check_frame_source(value: Any) -> FrameSource:
+    """``frame_source`` in one of its forms, or a ValueError."""
+    if value is None or value in ("videos", "images"):
+        return value or "videos"
+    counts = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
     if not counts or not all(type(n) is int and n > 0 for n in counts):
         raise ValueError(
-            'frames must be "videos", "images", or how many images each video of a prompt has, '
-            f"such as [8, 8]; got {frames!r}"
+            'frame_source must be "videos", "images", or how many images each video of a prompt '
+            f"has, such as [8, 8]; got {value!r}"
         )
     return tuple(counts)
 
 
-def join_images(prompt: Prompt, images: Sequence[VideoSpan], frames: Frames) -> list[VideoSpan]:
+def join_images(
+    prompt: Prompt, images: Sequence[VideoSpan], frame_source: FrameSource
+) -> list[VideoSpan]:
     """Make videos of a prompt's images, as their user declared them.
 
     Parameters
     ----------
     prompt : where they stand.
     images : spans of one or more frames, in prompt order.
-    frames : "images": all of a sample's images are one video. Or how many images each video of a
-        sample has, in order; a sample may have fewer videos than that, but only whole ones.
+    frame_source : "images": all of a sample's images are one video. Or how many images each video
+        of a sample has, in order; a sample may have fewer videos than that, but only whole ones.
     """
     by_sample: dict[int, list[tuple[Tensor, tuple[int, int]]]] = {}
     for image in images:
@@ -173,7 +190,7 @@ def join_images(prompt: Prompt, images: Sequence[VideoSpan], frames: Frames) -> 
     videos = []
     for sample, found in by_sample.items():
         _check_whole(prompt, sample, [places for places, _ in found])
-        counts = [len(found)] if isinstance(frames, str) else frames
+        counts = [len(found)] if isinstance(frame_source, str) else frame_source
         start = 0
         for count in counts:
             if start >= len(found):
@@ -184,15 +201,15 @@ def join_images(prompt: Prompt, images: Sequence[VideoSpan], frames: Frames) -> 
             if len(grids) > 1:
                 raise UnsupportedError(
                     f"images of {grids[0]} and of {grids[-1]} tokens cannot be frames of one "
-                    "video; resize them alike, or say which belong together: frames=[8, 8] for "
-                    "two videos of 8 images"
+                    "video; resize them alike, or say which belong together: "
+                    "frame_source=[8, 8] for two videos of 8 images"
                 )
             places = torch.stack([places for places, _ in video])
             videos.append(VideoSpan(sample, places, grids[0], "images"))
         if start != len(found):
             raise UnsupportedError(
-                f"frames={list(frames)} does not fit a prompt with {len(found)} images; give the "
-                "number of images in each of its videos, in order"
+                f"frame_source={list(frame_source)} does not fit a prompt with {len(found)} "
+                "images; give the number of images in each of its videos, in order"
             )
     return videos
 

@@ -7,14 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dycoke.models import Prompt, VideoSpan
-
-MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
-ROPE = "3-D"
-FRAMES = ("videos", "images")
-VISION = "visual.blocks.*.attn"
-NAME = "Qwen2-VL, Qwen2.5-VL"
-CHECKPOINTS = ("Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct")
+from dycoke.models.base import Family, Prompt, VideoSpan
 
 
 def layout(prompt: Prompt) -> list[VideoSpan]:
@@ -30,3 +23,15 @@ def encoder_order(vision: Any, grid: tuple[int, int, int]) -> Tensor:
     side = vision.window_size // vision.spatial_merge_size // vision.patch_size
     window = (torch.arange(height)[:, None] // side) * width + torch.arange(width) // side
     return places[:, window.flatten().argsort(stable=True)].flatten()
+
+
+FAMILY = Family(
+    name="Qwen2-VL, Qwen2.5-VL",
+    model_types=("qwen2_vl", "qwen2_5_vl"),
+    rope="3-D",
+    layout=layout,
+    checkpoints=("Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"),
+    frame_sources=("videos", "images"),
+    vision_attention="visual.blocks.*.attn",
+    encoder_order=encoder_order,
+)

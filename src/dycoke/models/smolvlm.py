@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-from dycoke.models import Prompt, VideoSpan, square
-
-MODEL_TYPES = ("smolvlm",)
-ROPE = "1-D"
-FRAMES = ("images",)
-VISION = "vision_model.encoder.layers.*.self_attn"
-NAME = "SmolVLM2"
-NOTES = ("its processor needs the package num2words",)
-CHECKPOINTS = ("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "HuggingFaceTB/SmolVLM2-500M-Video-Instruct")
+from dycoke.models.base import Family, Prompt, VideoSpan, square
 
 
 def layout(prompt: Prompt) -> list[VideoSpan]:
@@ -23,3 +15,18 @@ def layout(prompt: Prompt) -> list[VideoSpan]:
         VideoSpan(sample, images, square(images.shape[1]))
         for sample, images in prompt.cut(prompt.token_id, rows)
     ]
+
+
+FAMILY = Family(
+    name="SmolVLM2",
+    model_types=("smolvlm",),
+    rope="1-D",
+    layout=layout,
+    checkpoints=(
+        "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+        "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
+    ),
+    frame_sources=("images",),
+    vision_attention="vision_model.encoder.layers.*.self_attn",
+    notes=("its processor needs the package num2words",),
+)

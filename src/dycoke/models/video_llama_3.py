@@ -3,15 +3,7 @@
 from __future__ import annotations
 
 from dycoke.errors import UnsupportedError
-from dycoke.models import Prompt, VideoSpan
-
-MODEL_TYPES = ("video_llama_3",)
-ROPE = "1-D"
-PROCESSOR = {"use_token_compression": False}
-VISION = "vision_model.encoder.layers.*.self_attn"
-NAME = "VideoLLaMA3"
-CHECKPOINTS = ("lkhl/VideoLLaMA3-2B-Image-HF",)
-NOTES = ("its own token compression must be off: use_token_compression=False",)
+from dycoke.models.base import Family, Prompt, VideoSpan
 
 
 def layout(prompt: Prompt) -> list[VideoSpan]:
@@ -31,3 +23,15 @@ def layout(prompt: Prompt) -> list[VideoSpan]:
         VideoSpan(sample, frames, (1, frames.shape[1]))
         for sample, frames in prompt.cut(prompt.token_id, rows)
     ]
+
+
+FAMILY = Family(
+    name="VideoLLaMA3",
+    model_types=("video_llama_3",),
+    rope="1-D",
+    layout=layout,
+    checkpoints=("lkhl/VideoLLaMA3-2B-Image-HF",),
+    vision_attention="vision_model.encoder.layers.*.self_attn",
+    processor_options={"use_token_compression": False},
+    notes=("its own token compression must be off: use_token_compression=False",),
+)

@@ -14,7 +14,6 @@ import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from math import isqrt
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from dycoke.attention import Override
 from dycoke.core.method import EncoderAttention
 from dycoke.errors import UnsupportedError
-from dycoke.models import VideoSpan, families
+from dycoke.models import Family, VideoSpan, families
 from dycoke.patching import Patches
 from dycoke.vision.chunks import regroup
 from dycoke.vision.wrap import KINDS
@@ -85,7 +84,7 @@ class Vision:
         Where the family does not say where its encoder's attention is.
     """
 
-    def __init__(self, model: Any, family: ModuleType | None, kinds: Sequence[str]) -> None:
+    def __init__(self, model: Any, family: Family | None, kinds: Sequence[str]) -> None:
         self.model, self.base = model, model.base_model
         self.family, self.kinds = family, kinds
         self.module = _attention(self.base, family)
@@ -213,7 +212,7 @@ class Vision:
         config = self.base.config.vision_config
         merges = inputs.get(f"{kind}_merge_sizes")
         merges = [config.spatial_merge_size] * len(grids) if merges is None else merges.tolist()
-        order = getattr(self.family, "encoder_order", None)
+        order = None if self.family is None else self.family.encoder_order
         every_score = torch.cat(call.scores, 1)[0]
         every_key = torch.cat(call.keys, 1)[0]
         videos, start = [], 0
@@ -231,12 +230,12 @@ class Vision:
         return videos
 
 
-def _attention(base: Any, family: ModuleType | None) -> nn.Module:
+def _attention(base: Any, family: Family | None) -> nn.Module:
     """The attention module of the last layer that the features come from."""
-    path = getattr(family, "VISION", None)
+    path = None if family is None else family.vision_attention
     if path is None:
         whose = "a layout of your own" if family is None else base.config.model_type
-        known = sorted(name for name, module in families().items() if hasattr(module, "VISION"))
+        known = sorted(name for name, known in families().items() if known.vision_attention)
         raise UnsupportedError(
             "the method needs the vision encoder's attention, and where that is, is not known for "
             f"{whose}; it is for {', '.join(known)}; there without layout=, or use a method that "

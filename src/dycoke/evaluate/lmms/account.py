@@ -113,7 +113,7 @@ def compress(lm: Any, account: Account, frames: str | None = None) -> None:
             f"{type(lm).__name__} runs no transformers model in this process; name a base that "
             "does, such as qwen2_5_vl, or none"
         )
-    run = apply(model, account.compressor, frames=frames)
+    run = apply(model, account.compressor, frame_source=frames)
     inner = model.generate
 
     @functools.wraps(inner)
