@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from dycoke.methods.twostage import TwoStage
 from support import close, exact
 
 from dycoke.core.method import VideoContext
@@ -17,7 +18,6 @@ from dycoke.methods.clustering import distances, highest, peak_scores, segment_l
 from dycoke.methods.fastvid import FastVID
 from dycoke.methods.flashvid import FlashVID
 from dycoke.methods.holitom import HoliTom, absorbed, still_for, still_segments
-from dycoke.methods.twostage import TwoStage
 
 pytestmark = exact
 
