@@ -5,14 +5,13 @@ from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
-from dycoke import methods
-from dycoke.assistant import Assistant
+from dycoke import assistant, methods
 from dycoke.nano import stories
 
 
 @dataclass(frozen=True)
 class Distinct(methods.ScoreBased):
-    def score(self, features: Tensor, video: object) -> Tensor:
+    def score(self, features: Tensor, video: methods.VideoContext) -> Tensor:
         return (features - features.mean((0, 1))).norm(dim=-1)  # (F, N, D) -> (F, N)
 
 
@@ -21,6 +20,8 @@ story, method = stories.make("seen", 0), methods.create("distinct", retention=0.
 question, truth = stories.questions(story)[0]
 with TemporaryDirectory() as folder:
     clip = stories.write(story, f"{folder}/story.mp4")
-    answer = Assistant.load(device="cpu").ask(clip, question, method, frames=stories.FRAMES)
+    answer = assistant.Assistant.load(device="cpu").ask(
+        clip, question, method, frames=stories.FRAMES
+    )
 assert answer.report is not None and answer.report.engaged
 print(f"{question} {answer.text} ({truth})\n{answer.report}")

@@ -2,11 +2,11 @@
 
 To add one, in three steps:
 
-1. In a file of its own here, write a frozen dataclass on the base in `dycoke.methods.base` that fits:
-   `ScoreBased` (a score per token), `Reducer` (which tokens stay, and what becomes of the others),
-   `OneShot` (tokens leave inside the LLM alone), `TwoStage` (before the LLM and inside it). The
-   file's docstring names the paper and the source.
-2. Add an `Entry` below. The commands, the benchmarks and the tests over all methods know it by that.
+1. In a file of its own here, write a frozen dataclass on the base in `dycoke.methods.base` that
+   fits: `ScoreBased` (a score per token), `Reducer` (which tokens stay, and what becomes of the
+   others), `OneShot` (tokens leave inside the LLM alone), `TwoStage` (before the LLM and inside
+   it). The file's docstring names the paper and the source.
+2. Add an `Entry` below: the commands, the benchmarks and the tests over all methods find it there.
 3. Write its formula once more as plain loops in ``tests/methods``, and compare.
 
 In your own project step 2 is ``register(Entry(...))``; ``examples/new_method.py`` is all of it.
@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dycoke.compressor import Compressor
+from dycoke.core.method import VideoContext
 from dycoke.methods.base import OneShot, Reducer, ScoreBased, TwoStage
 from dycoke.methods.composed import Composed
 from dycoke.methods.controls import FewerFrames, RandomTokens
@@ -174,6 +175,7 @@ __all__ = [
     "ScoreBased",
     "TwoStage",
     "VidCom2",
+    "VideoContext",
     "VisionZip",
     "create",
     "from_dict",

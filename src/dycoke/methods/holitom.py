@@ -208,12 +208,12 @@ def absorbed(states: Tensor, keep: Tensor) -> Tensor:
 
     Returns
     -------
-    Tensor, shape (V, D): means at kept places, taken in float32; other places are unchanged.
+    Tensor, shape (V, D): means at kept places, taken in float32 or float64; other places are unchanged.
     """
     kept, dropped = keep.nonzero().flatten(), (~keep).nonzero().flatten()
     if len(dropped) == 0:
         return states
-    values = states.float()
+    values = states.to(torch.promote_types(states.dtype, torch.float32))
     unit = F.normalize(values, dim=-1)
     target = (unit[dropped] @ unit[kept].T).argmax(-1)
     # A state that comes in is halved by itself and by each one that comes in after it.
