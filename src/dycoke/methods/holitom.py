@@ -208,7 +208,8 @@ def absorbed(states: Tensor, keep: Tensor) -> Tensor:
 
     Returns
     -------
-    Tensor, shape (V, D): means at kept places, taken in float32 or float64; other places are unchanged.
+    Tensor, shape (V, D): means at kept places, taken in float32 or float64; other places are as
+        they were.
     """
     kept, dropped = keep.nonzero().flatten(), (~keep).nonzero().flatten()
     if len(dropped) == 0:
