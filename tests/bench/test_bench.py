@@ -341,7 +341,7 @@ def test_the_embedded_model_and_a_rendered_story(run: Any, tmp_path: Path) -> No
         (("--methods", "full,nothing"), "unknown method 'nothing'; there are full, dycoke, "),
         (("--methods", ","), "no method is named; there are full, dycoke, "),
         (("--device", "abacus"), "unknown device 'abacus'; there are cpu"),
-        (("--ratio", "1"), "dycoke: retention must be in (0, 1], got 0.0"),
+        (("--ratio", "1"), "full: retention must be in (0, 1], got 0.0"),
         (("--arch", "tiny", "--layers", "9"), "layers must be in 1 to 5, got 9"),
         (("--arch", "tiny", "--vision-layers", "0"), "vision layers must be in 1 to 2, got 0"),
         (("--arch", "tiny", "--layers", "3"), "prune_layer=3 leaves no layer to prune"),
