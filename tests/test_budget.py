@@ -244,9 +244,9 @@ def test_controls_keep_the_same_count(method, frames, tokens, budget) -> None:
 
 
 @pytest.mark.parametrize("name", ["dycoke", "random", "once", "always"])
-def test_a_ratio_by_name_is_a_budget(name: str) -> None:
+def test_a_retention_by_name_is_a_budget(name: str) -> None:
     for ratio in (0, 0.1, 0.5, 0.7, 0.75, 0.8, 0.9, 0.95, 0.99):
-        method = methods.create(name, ratio)
+        method = methods.create(name, retention=1 - ratio)
         assert method is not None
         for frames, tokens in ((1, 1), (5, 2), (7, 9), (8, 36)):
             keep = method.merge_tokens(clip(frames, tokens, 3))[1]

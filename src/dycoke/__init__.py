@@ -12,8 +12,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dycoke.compressor import Compressor, DyCoke, Run, apply, remove
+    from dycoke.compressor import Compressor, Run, apply, remove
     from dycoke.errors import UnsupportedError
+    from dycoke.methods.dycoke import DyCoke
     from dycoke.models import VideoSpan
     from dycoke.report import Report
     from dycoke.vision.chunks import encode_in_chunks
@@ -36,7 +37,7 @@ __all__ = [
 # Loaded on first use: `dycoke --help` should not wait for torch and transformers.
 _HOMES = {
     "Compressor": "compressor",
-    "DyCoke": "compressor",
+    "DyCoke": "methods.dycoke",
     "Run": "compressor",
     "apply": "compressor",
     "encode_in_chunks": "vision.chunks",

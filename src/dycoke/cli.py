@@ -500,7 +500,7 @@ def list_methods() -> None:
     table.add_column("what it does")
     table.add_column("where")
     for method in METHODS.values():
-        table.add_row(method.name, method.about, ", ".join(method.doors))
+        table.add_row(method.name, method.about, ", ".join(method.where))
     out.print(table)
     out.print(
         "vision: by the vision encoder's attention; inside: in the LLM, at prefill.\n"
@@ -586,7 +586,7 @@ def _settings(
     prune_layer: int,
     token_budget: int | float | None = None,
 ) -> Compressor:
-    from dycoke.compressor import DyCoke
+    from dycoke.methods import DyCoke
 
     try:
         return DyCoke(merge_ratio, prune_ratio, prune_layer, token_budget=token_budget)

@@ -1,4 +1,4 @@
-"""The base of all methods, and DyCoke itself.
+"""What a method and a model come to: ``with method(model) as run: model.generate(...)``.
 
 A compressor is settings and formulas only. It holds no state: the same object serves any number of
 models and videos, in turn or at once.
@@ -9,17 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self
-
-import torch
-from torch import Tensor
+from typing import Any, Self
 
 from dycoke.core.engine import Engine, engine_of
-from dycoke.core.method import NO_CONTEXT, Method, VideoContext, VisualTokens
+from dycoke.core.method import Method
 from dycoke.core.records import Trace
-from dycoke.core.selection import needs_refresh, top_mask
-from dycoke.errors import check_budget, check_count, check_number, check_one_of, check_ratio
-from dycoke.merging import budget_mask, merge_mask, merge_mean, video_budget
 from dycoke.models import Layout
 from dycoke.models.locate import FrameSource
 from dycoke.report import Report
@@ -53,10 +47,12 @@ class Run:
         return None if record is None else record.trace
 
 
+@dataclass(frozen=True)
 class Compressor(Method):
-    """Settings of a method: ``with Method(...)(model) as run: model.generate(...)``.
+    """A method that can be put on a model; the base of all of them.
 
-    What it may do, and when, is `Method`'s.
+    What it may do, and when, is `Method`'s. A subclass is a frozen dataclass, too, and its fields
+    are its settings: ``@dataclass(frozen=True)`` stands above every one.
     """
 
     def __call__(
@@ -88,13 +84,14 @@ class Compressor(Method):
         return _applied(model, self, trace, layout, frame_source)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings, ready for JSON."""
-        return asdict(self)  # type: ignore[call-overload,no-any-return]
+        """The settings, ready for JSON; `dycoke.methods.to_dict` adds the method's name."""
+        self.setting_names()
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`; settings left out take their defaults."""
-        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        known = cls.setting_names()
         unknown = sorted(set(settings) - known)
         if unknown:
             raise ValueError(
@@ -102,6 +99,30 @@ class Compressor(Method):
                 f"it has {', '.join(sorted(known))}"
             )
         return cls(**settings)
+
+    @classmethod
+    def setting_names(cls) -> set[str]:
+        """The names of the settings.
+
+        Raises
+        ------
+        TypeError
+            For a subclass that is no dataclass, since its own settings would be left out.
+        """
+        if "__dataclass_fields__" not in vars(cls):
+            raise TypeError(f"{cls.__name__} must be declared with @dataclass(frozen=True)")
+        return {field.name for field in fields(cls)}
+
+    @classmethod
+    def at_retention(cls, retention: float, **settings: Any) -> Self:
+        """The method where it keeps a share of the visual tokens, in (0, 1].
+
+        Raises
+        ------
+        TypeError
+            For a method that says in no setting how many tokens stay.
+        """
+        raise TypeError(f"{cls.__name__} has no setting for a retention")
 
 
 @contextmanager
@@ -143,101 +164,3 @@ def remove(model: Any) -> None:
     engine = engine_of(model)
     if engine is not None:
         engine.remove()
-
-
-def check_positions(value: object) -> None:
-    """Refuse anything but the two ways to number kept tokens."""
-    check_one_of("positions", value, ("original", "compact"))
-
-
-@dataclass(frozen=True)
-class DyCoke(Compressor):
-    """Dynamic compression of video tokens (https://arxiv.org/abs/2411.15024).
-
-    Parameters
-    ----------
-    merge_ratio : float in [0, 1)
-        Share of a non-anchor frame's tokens that is merged away before the LLM (K).
-    prune_ratio : float in [0, 1)
-        Share of the remaining visual tokens that a decode step does not attend to (P).
-    prune_layer : int, at least 1
-        Decoder layers with this index and above attend to the active set (L).
-    window : int, at least 1
-        Frames that share one anchor.
-    refresh_threshold : float in [0, 1]
-        The active set is chosen anew where the attention's cosine similarity to the step before
-        is below this. 0 chooses once.
-    merge : "keep" or "mean"
-        What stands for a merged token: its counterpart as it is, or the mean of both.
-    positions : "original" or "compact"
-        Kept tokens keep their positions, or are numbered through (1-D RoPE only).
-    token_budget : int, float or None
-        How many visual tokens enter the LLM, instead of ``merge_ratio``: an int is tokens per
-        sample, shared over its videos; a float in (0, 1] is the share that each video keeps, so
-        that 1 is one token and 1.0 is all. May be below one frame in each window, see
-        `dycoke.merging.budget_mask`.
-
-    Notes
-    -----
-    Ratio 0 for both is the identity: generate runs untouched. So is a budget of 1.0 with
-    ``prune_ratio=0``.
-    """
-
-    merge_ratio: float = 0.7
-    prune_ratio: float = 0.7
-    prune_layer: int = 3
-    window: int = 4
-    refresh_threshold: float = 0.9
-    merge: Literal["keep", "mean"] = "keep"
-    positions: Literal["original", "compact"] = "original"
-    token_budget: int | float | None = None
-
-    def __post_init__(self) -> None:
-        set_field = object.__setattr__  # the only way to normalise a frozen dataclass
-        set_field(self, "merge_ratio", check_ratio("merge_ratio", self.merge_ratio))
-        set_field(self, "prune_ratio", check_ratio("prune_ratio", self.prune_ratio))
-        set_field(self, "prune_layer", check_count("prune_layer", self.prune_layer))
-        set_field(self, "window", check_count("window", self.window))
-        threshold = check_number("refresh_threshold", self.refresh_threshold, "[0, 1]")
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"refresh_threshold must be in [0, 1], got {threshold!r}")
-        set_field(self, "refresh_threshold", threshold)
-        check_one_of("merge", self.merge, ("keep", "mean"))
-        check_positions(self.positions)
-        if self.token_budget is not None:
-            set_field(self, "token_budget", check_budget("token_budget", self.token_budget))
-            if self.merge_ratio != type(self).merge_ratio:
-                raise ValueError(
-                    f"merge_ratio={self.merge_ratio} and token_budget={self.token_budget} both say "
-                    "how many tokens stay; give one of them"
-                )
-
-    @property
-    def idle(self) -> bool:
-        budget = self.token_budget
-        whole = (
-            self.merge_ratio == 0 if budget is None else isinstance(budget, float) and budget == 1
-        )
-        return whole and self.prune_ratio == 0
-
-    def keep_mask(self, features: Tensor, context: VideoContext = NO_CONTEXT) -> Tensor:
-        """Which visual tokens of a video stay: (F, N, D) -> bool (F, N)."""
-        if self.token_budget is None:
-            return merge_mask(features, self.merge_ratio, self.window)
-        tokens = features.shape[:2].numel()
-        count = video_budget(self.token_budget, tokens, context.tokens, context.index)
-        return budget_mask(features, count, self.window)
-
-    def merge_tokens(
-        self, features: Tensor, context: VideoContext = NO_CONTEXT
-    ) -> tuple[Tensor, Tensor]:
-        keep = self.keep_mask(features, context)
-        if self.merge == "mean":
-            features = merge_mean(features, keep, self.window)
-        return features, keep
-
-    def select_tokens(self, scores: Tensor, visual: VisualTokens) -> tuple[Tensor, Tensor]:
-        refreshed = needs_refresh(scores, visual.previous, self.refresh_threshold)
-        refreshed = refreshed & visual.valid.any(1)
-        chosen = top_mask(scores.masked_fill(~visual.valid, -torch.inf), visual.counts)
-        return torch.where(refreshed[:, None], chosen, visual.active), refreshed

@@ -30,6 +30,14 @@ def check_ratio(name: str, value: object) -> float:
     return ratio
 
 
+def check_share(name: str, value: object) -> float:
+    """Return ``value`` as a float in (0, 1], or say what is wrong with it."""
+    share = check_number(name, value, "(0, 1]")
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"{name} must be in (0, 1], got {value!r}")
+    return share
+
+
 def check_between(name: str, value: object, low: float, high: float) -> float:
     """Return ``value`` as a float in [low, high], or say what is wrong with it."""
     number = check_number(name, value, f"[{low:g}, {high:g}]")

@@ -225,7 +225,7 @@ def test_scores_of_the_vision_encoder_are_compression(clip: str, monkeypatch: An
     monkeypatch.setattr(base, "get_video_features", taking(1000, base.get_video_features))
     monkeypatch.setattr(Vision, "note", taking(100, Vision.note))
     monkeypatch.setattr(Vision, "pool", taking(10, Vision.pool))
-    timings = bench.once(clip, methods.create("visionzip", 0.5), 3).timings
+    timings = bench.once(clip, methods.create("visionzip", retention=0.5), 3).timings
     assert (timings.vision_s, timings.compress_s) == (1000, 110)
     assert timings.ttft_s == timings.total_s == 1110
 
@@ -341,7 +341,7 @@ def test_the_embedded_model_and_a_rendered_story(run: Any, tmp_path: Path) -> No
         (("--methods", "full,nothing"), "unknown method 'nothing'; there are full, dycoke, "),
         (("--methods", ","), "no method is named; there are full, dycoke, "),
         (("--device", "abacus"), "unknown device 'abacus'; there are cpu"),
-        (("--ratio", "1"), "dycoke: ratio must be in [0, 1), got 1.0"),
+        (("--ratio", "1"), "full: retention must be in (0, 1], got 0.0"),
         (("--arch", "tiny", "--layers", "9"), "layers must be in 1 to 5, got 9"),
         (("--arch", "tiny", "--vision-layers", "0"), "vision layers must be in 1 to 2, got 0"),
         (("--arch", "tiny", "--layers", "3"), "prune_layer=3 leaves no layer to prune"),
@@ -405,10 +405,10 @@ def test_methods_are_listed(run: Any) -> None:
     code, out, _ = run("methods")
     assert code == 0
     assert all(name in out for name in methods.METHODS)
-    doors = {name: method.doors for name, method in methods.METHODS.items()}
-    assert doors["full"] == [] and doors["dycoke"] == ["before", "decoding"]
-    assert doors["fastv"] == ["inside"] and doors["vidcom2"] == ["before"]
-    assert doors["holitom"] == ["before", "vision", "inside"]
+    where = {name: entry.where for name, entry in methods.METHODS.items()}
+    assert where["full"] == [] and where["dycoke"] == ["before", "decoding"]
+    assert where["fastv"] == ["inside"] and where["vidcom2"] == ["before"]
+    assert where["holitom"] == ["before", "vision", "inside"]
 
 
 def held(method: Compressor, features: torch.Tensor) -> float:
@@ -424,13 +424,13 @@ def held(method: Compressor, features: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", [name for name in methods.METHODS if name != "full"])
-def test_a_method_by_name_and_ratio(name: str) -> None:
-    default, half = methods.create(name), methods.create(name, 0.5)
+def test_a_method_by_name_and_retention(name: str) -> None:
+    default, half = methods.create(name), methods.create(name, retention=0.5)
     assert default is not None and half is not None
     # Each method has its own rounding; all are within one token of a frame.
     assert abs(held(half, torch.randn(8, 12, 4)) - 48) <= 8
-    nothing = methods.create(name, 0)
+    nothing = methods.create(name, retention=1)
     assert nothing is not None and held(nothing, torch.randn(8, 12, 4)) == 96
-    assert methods.create("full") is methods.create("full", 0.5) is None
-    with pytest.raises(ValueError, match=f"{name}: ratio must be in"):
-        methods.create(name, -0.1)
+    assert methods.create("full") is methods.create("full", retention=0.5) is None
+    with pytest.raises(ValueError, match=f"{name}: retention must be in"):
+        methods.create(name, retention=1.1)

@@ -66,7 +66,7 @@ def test_settings_go_to_the_method_and_the_rest_to_the_model() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_by_its_name(name: str) -> None:
     assert settings_of({"method": name}).compressor == create(name)
-    assert settings_of({"method": name, "ratio": 0.3}).compressor == create(name, 0.3)
+    assert settings_of({"method": name, "ratio": 0.3}).compressor == create(name, retention=0.7)
 
 
 def test_own_settings_keep_what_the_name_stands_for() -> None:

@@ -60,7 +60,8 @@ def test_one_shot_methods_are_asked_once() -> None:
     random, composed = (p.setting.compressor for p in found[2:])
     # Nothing is pruned behind a one-shot method; its share is what a step attends to.
     assert random.prune_ratio == 0 and shares(random) == (0.25, 0.25)
-    assert isinstance(composed, Composed) and composed.before == methods.create("visionzip", 0.75)
+    assert isinstance(composed, Composed)
+    assert composed.before == methods.create("visionzip", retention=0.25)
     assert composed.after.refresh_threshold == 0 and composed.prune_ratio == 0.7
     found = retention.points(retention.USUAL)
     assert len(found) == 1 + 5 * (len(retention.USUAL) - 1 + 2)

@@ -41,7 +41,7 @@ def test_the_cpus_tokens_and_logits(family: str, backend: str) -> None:
 @pytest.mark.parametrize("name", [name for name in methods.METHODS if name != "full"])
 def test_every_method_keeps_the_same_tokens(family: str, name: str) -> None:
     inputs = inputs_of(family, [[6], [6]], [(5, 7), (2, 3)], seed=7)
-    method = methods.create(name, 0.5)
+    method = methods.create(name, retention=0.5)
     with method(model_of(family, seed=7), trace=True) as run:
         expected = generate(run._engine.model, inputs, tokens=4).sequences
     there = tiny.FAMILIES[family].model("sdpa", seed=7).cuda()

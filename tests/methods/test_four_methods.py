@@ -315,7 +315,7 @@ def test_fastv_has_no_compact_positions() -> None:
 )
 def test_by_name(name: str, method: type) -> None:
     assert create(name) == method(0.75)
-    assert create(name, 0.9) == method(0.9)
+    assert create(name, retention=0.1) == method(0.9)
     assert method.needs_vision == (method in (LLaVAPruMerge, VisionZip))  # type: ignore[attr-defined]
 
 

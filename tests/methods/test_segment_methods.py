@@ -13,11 +13,11 @@ from support import close, exact
 
 from dycoke.core.method import VideoContext
 from dycoke.methods import create
+from dycoke.methods.base import TwoStage
 from dycoke.methods.clustering import distances, highest, peak_scores, segment_lengths
 from dycoke.methods.fastvid import FastVID
 from dycoke.methods.flashvid import FlashVID
 from dycoke.methods.holitom import HoliTom, absorbed, still_for, still_segments
-from dycoke.methods.twostage import TwoStage
 
 pytestmark = exact
 
@@ -551,5 +551,5 @@ def test_settings_there_and_back(method: Any) -> None:
 )
 def test_by_name(name: str, method: Any) -> None:
     assert create(name) == method(0.75)
-    assert create(name, 0.9) == method(0.9)
+    assert create(name, retention=0.1) == method(0.9)
     assert method.needs_vision

@@ -57,7 +57,9 @@ def peak_rss() -> int | None:
 def main() -> None:
     task = json.load(sys.stdin)
     plan = Plan.from_dict(task["plan"])
-    Bench(plan).once(task["path"], methods.create(task["method"], plan.ratio), plan.new_tokens)
+    Bench(plan).once(
+        task["path"], methods.create(task["method"], retention=plan.retention), plan.new_tokens
+    )
     json.dump(peak_rss(), sys.stdout)
 
 

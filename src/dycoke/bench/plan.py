@@ -64,9 +64,14 @@ class Plan:
         if not self.methods:
             raise ValueError(f"no method is named; there are {', '.join(methods.METHODS)}")
         for name in self.methods:
-            methods.create(name, self.ratio)  # an error now, not after minutes
+            methods.create(name, retention=self.retention)  # an error now, not after minutes
         if self.device is not None and self.device not in (known := devices()):
             raise ValueError(f"unknown device {self.device!r}; there are {', '.join(known)}")
+
+    @property
+    def retention(self) -> float | None:
+        """Share of the visual tokens to keep."""
+        return None if self.ratio is None else round(1 - self.ratio, 12)
 
     @property
     def place(self) -> str:

@@ -130,7 +130,7 @@ class Bench:
             Where memory runs out.
         """
         plan, tell = self.plan, on_run or (lambda *_: None)
-        ready = {name: methods.create(name, plan.ratio) for name in plan.methods}
+        ready = {name: methods.create(name, retention=plan.retention) for name in plan.methods}
         samples: dict[str, list[Sample]] = {name: [] for name in ready}
         try:
             for name, compressor in ready.items():

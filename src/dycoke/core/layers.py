@@ -136,8 +136,3 @@ def _check_pruned(types: list[str], prune_layer: int, last: int) -> None:
             f"prune_layer={prune_layer} leaves no layer to prune: the decoder has {len(types)} "
             f"layers; choose 1 to {last}, or prune_ratio=0"
         )
-
-
-def scaled(layer: int, layers: int) -> int:
-    """A layer index stated for 28 layers, as papers on 7B models do, in a decoder of ``layers``."""
-    return max(1, round(layer * layers / 28))

@@ -37,6 +37,16 @@ class VideoContext:
     tokens: tuple[int, ...] = ()
     index: int = 0
 
+    @property
+    def encoder_attention(self) -> EncoderAttention:
+        """Scores and keys, for a method that ``needs_vision``."""
+        if self.scores is None or self.keys is None:
+            raise ValueError(
+                "the context has no attention of the vision encoder; a method that uses it says "
+                "needs_vision = True"
+            )
+        return self.scores, self.keys
+
 
 NO_CONTEXT = VideoContext()
 
@@ -72,19 +82,22 @@ class Method(ABC):
     prune_layer : the first decoder layer that this holds for.
     positions : "original" or "compact", see `DyCoke`.
     needs_vision : whether `merge_tokens` wants the vision encoder's scores and keys.
-    drops : whether it drops tokens inside the LLM, see `drop_layer`.
     """
 
     prune_ratio: float = 0.0
     prune_layer: int = 1
     positions: str = "original"
     needs_vision: ClassVar[bool] = False
-    drops: ClassVar[bool] = False
 
     @property
     @abstractmethod
     def idle(self) -> bool:
         """True where the settings ask for no compression at all."""
+
+    @property
+    def drops(self) -> bool:
+        """Whether it drops tokens inside the LLM, see `drop_layer`."""
+        return type(self).drop_layer is not Method.drop_layer
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:

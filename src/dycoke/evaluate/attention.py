@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dycoke.assistant import Assistant
-from dycoke.compressor import DyCoke
+from dycoke.methods.dycoke import DyCoke
 from dycoke.nano import stories
 from dycoke.picture import attention_by_frame
 from dycoke.video import Video

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dycoke import methods
-from dycoke.compressor import DyCoke
 from dycoke.evaluate.stats import Count, paired_difference, wilson
 from dycoke.evaluate.storyqa import Scores, Setting
+from dycoke.methods.dycoke import DyCoke
 from dycoke.nano.build import TOKENS_PER_FRAME
 
 RETENTIONS = (0.5, 0.25, 0.15, 0.1, 0.05)
@@ -70,10 +70,10 @@ def points(names: Sequence[str], retentions: Sequence[float] = RETENTIONS) -> li
 
 def _points(name: str, share: float) -> list[Point]:
     if "+" in name:
-        return [_point(name, share, ("kept",), methods.create(name, 1 - share))]
+        return [_point(name, share, ("kept",), methods.create(name, retention=share))]
     if name not in methods.DYNAMIC:
-        return [_point(name, share, BASES, methods.one_shot(name, 1 - share))]
-    kept = methods.create(name, 1 - share)
+        return [_point(name, share, BASES, methods.one_shot(name, retention=share))]
+    kept = methods.create(name, retention=share)
     assert isinstance(kept, DyCoke)
     # docs/design.md: up to a share of .3 the tokens that are kept shrink, above it all are kept.
     left = round(1 - kept.prune_ratio, 12)

@@ -20,9 +20,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dycoke.assistant import Assistant
 from dycoke.compat import cache_name, cache_of
-from dycoke.compressor import Compressor, DyCoke
+from dycoke.compressor import Compressor
 from dycoke.evaluate.stats import Count, paired_difference, wilson
 from dycoke.methods.controls import FewerFrames, RandomTokens
+from dycoke.methods.dycoke import DyCoke
 from dycoke.nano import stories
 from dycoke.nano.build import TOKENS_PER_FRAME
 
@@ -148,9 +149,8 @@ class StoryQA:
     def _score(self, told: Sequence[stories.Story], compressor: Compressor | None) -> Scores:
         scores = Scores([(0, 0)] * len(told), [(0, 0)] * len(told))
         wants = compressor is not None and compressor.needs_vision
-        layers = self.model.config.get_text_config().num_hidden_layers
         # A method that drops by the prompt's last token has to read the question first.
-        whole = compressor is not None and compressor.drop_layer(layers) is not None
+        whole = compressor is not None and compressor.drops
         with nullcontext() if compressor is None else compressor(self.model) as run:
             watched = None if whole else self._watch(told, wants)
             for rows, ids in self._batches(told):

@@ -1,139 +1,140 @@
-"""The methods by name: DyCoke, the full model beside it, and others through the same doors."""
+"""The methods by name: DyCoke, the full model beside it, controls, and methods of other papers.
+
+To add one, in three steps:
+
+1. In a file of its own here, write a frozen dataclass on the base in `dycoke.methods.base` that
+   fits: `ScoreBased` (a score per token), `Reducer` (which tokens stay, and what becomes of the
+   others), `OneShot` (tokens leave inside the LLM alone), `TwoStage` (before the LLM and inside
+   it). The file's docstring names the paper and the source.
+2. Add an `Entry` below: the commands, the benchmarks and the tests over all methods find it there.
+3. Write its formula once more as plain loops in ``tests/methods``, and compare.
+
+In your own project step 2 is ``register(Entry(...))``; ``examples/new_method.py`` is all of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-from dycoke.compressor import Compressor, DyCoke
-from dycoke.errors import check_ratio
+from dycoke.compressor import Compressor
+from dycoke.core.method import VideoContext
+from dycoke.methods.base import OneShot, Reducer, ScoreBased, TwoStage
 from dycoke.methods.composed import Composed
 from dycoke.methods.controls import FewerFrames, RandomTokens
+from dycoke.methods.dycoke import DyCoke
 from dycoke.methods.fastv import FastV
 from dycoke.methods.fastvid import FastVID
 from dycoke.methods.flashvid import FlashVID
 from dycoke.methods.holitom import HoliTom
 from dycoke.methods.prumerge import LLaVAPruMerge
+from dycoke.methods.registry import METHODS, Entry, from_dict, register, to_dict
 from dycoke.methods.vidcom2 import VidCom2
 from dycoke.methods.visionzip import VisionZip
 
-
-@dataclass(frozen=True)
-class Method:
-    """A line of the table.
-
-    Attributes
-    ----------
-    name : what commands call it.
-    about : what it does, in a line.
-    make : ``make()`` gives the method in its own default setting, ``make(ratio)`` the one that
-        removes that share of the visual tokens. None stands for the full model.
-    """
-
-    name: str
-    about: str
-    make: Callable[..., Compressor | None]
-
-    @property
-    def doors(self) -> list[str]:
-        """Where it works: "before" the LLM (by "vision" scores), "inside" it, "decoding"."""
-        method = self.make()
-        if method is None:
-            return []
-        kind = type(method)
-        found = {
-            "before": kind.merge_tokens is not Compressor.merge_tokens,
-            "vision": method.needs_vision,
-            "inside": method.drop_layer(28) is not None,
-            "decoding": method.prune_ratio > 0,
-        }
-        return [name for name, there in found.items() if there]
-
-
-def _full(ratio: float = 0.0) -> None:
-    """No compressor, whatever the others are asked to remove."""
-
-
-def _merging(method: type[DyCoke], **settings: Any) -> Callable[..., Compressor]:
-    """The factory of a method that counts as DyCoke does: a share to remove is a token budget."""
-
-    def make(ratio: float | None = None) -> Compressor:
-        if ratio is None:
-            return method(**settings)
-        budget = round(1.0 - check_ratio("ratio", ratio), 12)  # 0.15, not 0.15000000000000002
-        return method(**settings, token_budget=budget)
-
-    return make
-
-
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method("full", "the model as it is, nothing removed", _full),
-        Method("dycoke", "merging over time, dynamic pruning while decoding", _merging(DyCoke)),
-        Method("random", "control: DyCoke's counts, any tokens", _merging(RandomTokens)),
-        Method(
-            "fewer-frames",
-            "control: whole frames, not above DyCoke's counts",
-            _merging(FewerFrames),
-        ),
-        Method(
-            "merging",
-            "control: DyCoke's merging alone, nothing pruned while decoding",
-            _merging(DyCoke, prune_ratio=0.0),
-        ),
-        Method(
-            "once",
-            "control: DyCoke that selects once, nothing comes back",
-            _merging(DyCoke, refresh_threshold=0),
-        ),
-        Method(
-            "always",
-            "control: DyCoke that selects anew in every step",
-            _merging(DyCoke, refresh_threshold=1),
-        ),
-        Method("fastv", "after an early layer, what the prompt's end attends to", FastV),
-        Method(
-            "prumerge",
-            "what the vision encoder attends to, with its neighbours (adapted to video)",
-            LLaVAPruMerge,
-        ),
-        Method(
-            "visionzip",
-            "what the vision encoder attends to, and means of the others",
-            VisionZip,
-        ),
-        Method("vidcom2", "what is least like the means of its video and frame", VidCom2),
-        Method("fastvid", "salient tokens and density peaks of segments", FastVID),
-        Method("holitom", "still tokens merge over time, half more inside", HoliTom),
-        Method("flashvid", "diverse tokens and trees over time, more inside", FlashVID),
-    )
-}
+for _entry in (
+    Entry("full", "the model as it is, nothing removed", None),
+    Entry(
+        "dycoke",
+        "merging over time, dynamic pruning while decoding",
+        DyCoke,
+        paper="https://arxiv.org/abs/2411.15024",
+        source="https://github.com/KD-TAO/DyCoke",
+    ),
+    Entry("random", "control: DyCoke's counts, any tokens", RandomTokens),
+    Entry("fewer-frames", "control: whole frames, not above DyCoke's counts", FewerFrames),
+    Entry(
+        "merging",
+        "control: DyCoke's merging alone, nothing pruned while decoding",
+        DyCoke,
+        {"prune_ratio": 0.0},
+    ),
+    Entry(
+        "once",
+        "control: DyCoke that selects once, nothing comes back",
+        DyCoke,
+        {"refresh_threshold": 0.0},
+    ),
+    Entry(
+        "always",
+        "control: DyCoke that selects anew in every step",
+        DyCoke,
+        {"refresh_threshold": 1.0},
+    ),
+    Entry(
+        "fastv",
+        "after an early layer, what the prompt's end attends to",
+        FastV,
+        paper="https://arxiv.org/abs/2403.06764",
+        source="https://github.com/pkunlp-icler/FastV",
+    ),
+    Entry(
+        "prumerge",
+        "what the vision encoder attends to, with its neighbours (adapted to video)",
+        LLaVAPruMerge,
+        paper="https://arxiv.org/abs/2403.15388",
+        source="https://github.com/42Shawn/LLaVA-PruMerge",
+    ),
+    Entry(
+        "visionzip",
+        "what the vision encoder attends to, and means of the others",
+        VisionZip,
+        paper="https://arxiv.org/abs/2412.04467",
+        source="https://github.com/dvlab-research/VisionZip",
+    ),
+    Entry(
+        "vidcom2",
+        "what is least like the means of its video and frame",
+        VidCom2,
+        paper="https://arxiv.org/abs/2505.14454",
+        source="https://github.com/xuyang-liu16/VidCom2",
+    ),
+    Entry(
+        "fastvid",
+        "salient tokens and density peaks of segments",
+        FastVID,
+        paper="https://arxiv.org/abs/2503.11187",
+        source="https://github.com/LunarShen/FastVID",
+    ),
+    Entry(
+        "holitom",
+        "still tokens merge over time, half more inside",
+        HoliTom,
+        paper="https://arxiv.org/abs/2505.21334",
+        source="https://github.com/cokeshao/HoliTom",
+    ),
+    Entry(
+        "flashvid",
+        "diverse tokens and trees over time, more inside",
+        FlashVID,
+        paper="https://arxiv.org/abs/2602.08024",
+        source="https://github.com/Fanziyang-v/FlashVID",
+    ),
+):
+    register(_entry)
 
 
 # Methods whose decode steps attend to a selection.
 DYNAMIC = ("dycoke", "once", "always")
 
 
-def create(name: str, ratio: float | None = None) -> Compressor | None:
+def create(name: str, *, retention: float | None = None) -> Compressor | None:
     """A method by its name.
 
     Parameters
     ----------
     name : a key of `METHODS`; or two joined by "+", such as "visionzip+dycoke": a one-shot method
         before the LLM, and the dynamic cache of another one while decoding.
-    ratio : share of the visual tokens to remove before the LLM, in [0, 1); None for the method's
-        own default setting.
+    retention : share of the visual tokens that stay, in (0, 1], as the method counts them: where it
+        drops some inside the LLM, a mean over the layers. None for the method's default setting.
 
     Raises
     ------
     ValueError
-        For an unknown name, with those there are, and for a ratio out of the method's reach.
+        For an unknown name, with those there are, and for a retention out of the method's reach.
     """
     before, plus, after = (part.strip() for part in name.partition("+"))
     if plus:
-        first, cache = one_shot(before, ratio), create(after)
+        first, cache = one_shot(before, retention=retention), create(after)
         if first is None:
             raise ValueError(f"{name}: nothing is composed with the full model")
         if not isinstance(cache, DyCoke) or after not in DYNAMIC:
@@ -143,16 +144,15 @@ def create(name: str, ratio: float | None = None) -> Compressor | None:
         return Composed(first, replace(cache, merge_ratio=0))
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
-    make = METHODS[name].make
     try:
-        return make() if ratio is None else make(ratio)
+        return METHODS[name].make(retention)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def one_shot(name: str, ratio: float | None = None) -> Compressor | None:
+def one_shot(name: str, *, retention: float | None = None) -> Compressor | None:
     """A method by its name, of which every step attends to all that it keeps."""
-    method = create(name, ratio)
+    method = create(name, retention=retention)
     # The controls come with DyCoke's cache, where nothing else is asked of them.
     return replace(method, prune_ratio=0.0) if isinstance(method, DyCoke) else method
 
@@ -162,16 +162,24 @@ __all__ = [
     "METHODS",
     "Composed",
     "DyCoke",
+    "Entry",
     "FastV",
     "FastVID",
     "FewerFrames",
     "FlashVID",
     "HoliTom",
     "LLaVAPruMerge",
-    "Method",
+    "OneShot",
     "RandomTokens",
+    "Reducer",
+    "ScoreBased",
+    "TwoStage",
     "VidCom2",
+    "VideoContext",
     "VisionZip",
     "create",
+    "from_dict",
     "one_shot",
+    "register",
+    "to_dict",
 ]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from torch import Tensor
 
-from dycoke.compressor import Compressor, DyCoke
+from dycoke.compressor import Compressor
 from dycoke.core.method import NO_CONTEXT, VideoContext, VisualTokens
+from dycoke.methods.dycoke import DyCoke
+from dycoke.methods.registry import from_dict, to_dict
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Composed(Compressor):
 
     Raises
     ------
+    TypeError
+        Where ``after`` is no DyCoke.
     ValueError
         Where ``after`` merges, or ``before`` goes on inside the LLM or while decoding.
     """
@@ -34,22 +38,25 @@ class Composed(Compressor):
     after: DyCoke = field(default_factory=lambda: DyCoke(merge_ratio=0))
 
     def __post_init__(self) -> None:
+        if not isinstance(self.after, DyCoke):
+            raise TypeError(f"after must be a DyCoke, got {self.after!r}")
         name = type(self.before).__name__
         if self.after.merge_ratio:
             raise ValueError(
                 f"{name} decides what enters the LLM, so merge_ratio={self.after.merge_ratio} "
                 "would say nothing; use DyCoke(merge_ratio=0, ...)"
             )
-        if self.before.prune_ratio or self.before.drop_layer(28) is not None:
+        if self.before.prune_ratio or self.before.drops:
             raise ValueError(
                 f"{self.before} goes on inside the LLM or while decoding; compose methods that "
                 "stop before it"
             )
-        set_field = object.__setattr__
-        set_field(self, "prune_ratio", self.after.prune_ratio)
-        set_field(self, "prune_layer", self.after.prune_layer)
-        set_field(self, "positions", self.before.positions)
-        set_field(self, "needs_vision", self.before.needs_vision)
+        for part, names in (
+            (self.before, ("positions", "needs_vision")),
+            (self.after, ("prune_ratio", "prune_layer")),
+        ):
+            for name in names:
+                object.__setattr__(self, name, getattr(part, name))
 
     @property
     def idle(self) -> bool:
@@ -64,20 +71,8 @@ class Composed(Compressor):
         return self.after.select_tokens(scores, visual)
 
     def to_dict(self) -> dict[str, Any]:
-        before = {"method": type(self.before).__name__, **self.before.to_dict()}
-        return {"before": before, "after": self.after.to_dict()}
+        return {"before": to_dict(self.before), "after": to_dict(self.after)}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        before = dict(settings["before"])
-        name = before.pop("method", None)
-        known = {kind.__name__: kind for kind in _kinds(Compressor)}
-        if name not in known:
-            raise ValueError(f"unknown method {name!r}; there are {', '.join(sorted(known))}")
-        return cls(known[name].from_dict(before), DyCoke.from_dict(settings["after"]))
-
-
-def _kinds(base: Any) -> Iterator[type[Compressor]]:
-    for kind in base.__subclasses__():
-        yield kind
-        yield from _kinds(kind)
+        return super().from_dict({name: from_dict(part) for name, part in settings.items()})

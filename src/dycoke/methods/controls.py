@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dycoke.compressor import DyCoke
 from dycoke.core.method import NO_CONTEXT, VideoContext
+from dycoke.methods.dycoke import DyCoke
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """FastV: later layers keep the visual tokens that the prompt's end attends to.
 
-Source: "An Image is Worth 1/2 Tokens After Layer 2", https://arxiv.org/abs/2403.06764, published
-for LLaVA-1.5.
+Paper: "An Image is Worth 1/2 Tokens After Layer 2", https://arxiv.org/abs/2403.06764, published
+for LLaVA-1.5. Source: https://github.com/pkunlp-icler/FastV.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dycoke.core.layers import scaled
 from dycoke.core.selection import top_mask
 from dycoke.errors import check_one_of
-from dycoke.methods.base import OneShot
+from dycoke.methods.base import OneShot, scaled_layer
 
 
 def later_count(total: int, ratio: float, below: float) -> int:
@@ -56,7 +55,7 @@ class FastV(OneShot):
         check_one_of("positions", self.positions, ("original",))
 
     def drop_layer(self, layers: int) -> int | None:
-        return scaled(2, layers)
+        return scaled_layer(2, layers)
 
     def drop_tokens(self, scores: Tensor, states: Tensor, below: float) -> tuple[Tensor, Tensor]:
         count = later_count(len(scores), self.ratio, below)

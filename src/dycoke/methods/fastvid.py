@@ -1,6 +1,7 @@
 """FastVID: salient tokens of every frame, and density peaks of every segment.
 
-Source: https://arxiv.org/abs/2503.11187.
+Paper: "FastVID: Dynamic Density Pruning for Fast Video Large Language Models",
+https://arxiv.org/abs/2503.11187. Source: https://github.com/LunarShen/FastVID.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dycoke.core.method import NO_CONTEXT, VideoContext
+from dycoke.core.method import VideoContext
 from dycoke.errors import check_between, check_count
 from dycoke.merging import retained_count
-from dycoke.methods.base import OneShot
+from dycoke.methods.base import Reducer, check_settings
 from dycoke.methods.clustering import (
     distances,
     group_means,
@@ -23,11 +24,10 @@ from dycoke.methods.clustering import (
     peak_scores,
     segment_lengths,
 )
-from dycoke.methods.common import in_float32, vision_of
 
 
 @dataclass(frozen=True)
-class FastVID(OneShot):
+class FastVID(Reducer):
     """Dynamic density pruning (https://arxiv.org/abs/2503.11187).
 
     The paper takes attention and frame features from SigLIP's pooling head, which models such as
@@ -63,19 +63,12 @@ class FastVID(OneShot):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        set_field = object.__setattr__
-        for name in ("segments", "stride", "neighbours"):
-            set_field(self, name, check_count(name, getattr(self, name)))
-        set_field(self, "threshold", check_between("threshold", self.threshold, -1, 1))
-        for name in ("context", "centre_weight"):
-            set_field(self, name, check_between(name, getattr(self, name), 0, 1))
+        check_settings(self, check_count, "segments", "stride", "neighbours")
+        check_settings(self, check_between, "threshold", low=-1, high=1)
+        check_settings(self, check_between, "context", "centre_weight", low=0, high=1)
 
-    def merge_tokens(
-        self, features: Tensor, context: VideoContext = NO_CONTEXT
-    ) -> tuple[Tensor, Tensor]:
-        if self.idle:
-            return super().merge_tokens(features, context)
-        whole, scores = in_float32(features), vision_of(context, features)[0]
+    def reduce(self, features: Tensor, video: VideoContext) -> tuple[Tensor, Tensor]:
+        scores, _ = video.encoder_attention
         count = max(1, retained_count(features.shape[1], self.ratio))
         peaks = int(self.context * count + 1e-6)
 
@@ -84,19 +77,19 @@ class FastVID(OneShot):
         if peaks == 0:
             return features, keep
         rest = highest((~keep).float(), keep.shape[1] - salient.shape[1])  # all others
-        tokens = whole.gather(1, rest[..., None].expand(-1, -1, whole.shape[2]))
+        tokens = features.gather(1, rest[..., None].expand(-1, -1, features.shape[2]))
         peak = peak_scores(distances(tokens), self.neighbours)
 
         merged = features.clone()
         start = 0
-        for length in segment_lengths(whole, self.segments, self.threshold):
+        for length in segment_lengths(features, self.segments, self.threshold):
             segment = tokens[start : start + length].flatten(0, 1)
             for place, number in anchor_counts(length, peaks, rest.shape[1], self.stride):
                 frame = start + place
                 chosen = highest(peak[frame], number)
                 kept = rest[frame, chosen]
-                centres = joined(tokens[frame, chosen], segment, self.centre_weight)
-                merged[frame, kept] = centres.to(merged.dtype)
+                centres = tokens[frame, chosen]
+                merged[frame, kept] = with_joined(centres, segment, self.centre_weight)
                 keep[frame, kept] = True
             start += length
         return merged, keep
@@ -123,7 +116,7 @@ def anchor_counts(length: int, peaks: int, room: int, stride: int) -> list[tuple
     return [(frame, count + (i < more)) for i, frame in enumerate(frames)]
 
 
-def joined(centres: Tensor, tokens: Tensor, centre_weight: float) -> Tensor:
+def with_joined(centres: Tensor, tokens: Tensor, centre_weight: float) -> Tensor:
     """Let every token (M, D) join the centre (C, D) that it resembles most.
 
     Returns

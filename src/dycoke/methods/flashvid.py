@@ -1,6 +1,7 @@
 """FlashVID: salient and diverse tokens of every frame, and trees of tokens over time.
 
-Source: https://arxiv.org/abs/2602.08024.
+Paper: "FlashVID: Efficient Video Large Language Models via Training-free Tree-based Spatiotemporal
+Token Merging", https://arxiv.org/abs/2602.08024. Source: https://github.com/Fanziyang-v/FlashVID.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dycoke.core.method import NO_CONTEXT, VideoContext
+from dycoke.core.method import VideoContext
 from dycoke.core.selection import top_mask
 from dycoke.errors import check_between, check_count
 from dycoke.merging import share_budget
+from dycoke.methods.base import TwoStage, check_settings
 from dycoke.methods.clustering import (
     distances,
     group_means,
@@ -24,8 +26,6 @@ from dycoke.methods.clustering import (
     peak_scores,
     segment_lengths,
 )
-from dycoke.methods.common import in_float32, vision_of
-from dycoke.methods.twostage import TwoStage
 
 
 @dataclass(frozen=True)
@@ -62,36 +62,29 @@ class FlashVID(TwoStage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        set_field = object.__setattr__
-        for name in ("segments", "neighbours"):
-            set_field(self, name, check_count(name, getattr(self, name)))
-        for name in ("cut", "threshold"):
-            set_field(self, name, check_between(name, getattr(self, name), -1, 1))
-        set_field(self, "diverse", check_between("diverse", self.diverse, 0, 1))
+        check_settings(self, check_count, "segments", "neighbours")
+        check_settings(self, check_between, "cut", "threshold", low=-1, high=1)
+        check_settings(self, check_between, "diverse", low=0, high=1)
 
-    def merge_tokens(
-        self, features: Tensor, context: VideoContext = NO_CONTEXT
-    ) -> tuple[Tensor, Tensor]:
-        if self.idle:
-            return super().merge_tokens(features, context)
-        tokens, scores = in_float32(features), vision_of(context, features)[0]
+    def reduce(self, features: Tensor, video: VideoContext) -> tuple[Tensor, Tensor]:
+        scores, _ = video.encoder_attention
         count = ceil(features.shape[1] * self.outer - 1e-6)
         chosen = ceil(count * self.diverse - 1e-6)
-        keep = diverse_mask(tokens, scores, chosen)
+        keep = diverse_mask(features, scores, chosen)
         if chosen == count:
             return features, keep
 
         merged = features.clone()
         start = 0
-        for length in segment_lengths(tokens, self.segments, self.cut):
+        for length in segment_lengths(features, self.segments, self.cut):
             frames = slice(start, start + length)
-            means, roots = trees(tokens[frames], ~keep[frames], self.threshold, count - chosen)
+            means, roots = trees(features[frames], ~keep[frames], self.threshold, count - chosen)
             sizes = roots.sum(1).tolist()
             for frame, number in enumerate(share_budget((count - chosen) * length, sizes)):
                 if number:
                     where = highest(roots[frame].float(), sizes[frame])
                     peaks, centres = clustered(means[frame, where], number, self.neighbours)
-                    merged[start + frame, where[peaks]] = centres.to(merged.dtype)
+                    merged[start + frame, where[peaks]] = centres
                     keep[start + frame, where[peaks]] = True
             start += length
         return merged, keep

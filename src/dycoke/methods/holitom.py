@@ -1,6 +1,7 @@
 """HoliTom: what stands still is one token, the rest competes; once more inside the LLM.
 
-Source: https://arxiv.org/abs/2505.21334.
+Paper: "HoliTom: Holistic Token Merging for Fast Video Large Language Models",
+https://arxiv.org/abs/2505.21334. Source: https://github.com/cokeshao/HoliTom.
 """
 
 from __future__ import annotations
@@ -13,12 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dycoke.core.method import NO_CONTEXT, VideoContext
+from dycoke.core.method import VideoContext
 from dycoke.core.selection import top_mask
 from dycoke.errors import check_between, check_count
+from dycoke.methods.base import TwoStage, check_settings
 from dycoke.methods.clustering import distances, group_means, highest, peak_scores
-from dycoke.methods.common import in_float32, vision_of
-from dycoke.methods.twostage import TwoStage
 
 
 @dataclass(frozen=True)
@@ -57,24 +57,17 @@ class HoliTom(TwoStage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        set_field = object.__setattr__
         if self.threshold is not None:
-            set_field(self, "threshold", check_between("threshold", self.threshold, -1, 1))
-        for name in ("max_segment", "neighbours"):
-            set_field(self, name, check_count(name, getattr(self, name)))
-        weight = check_between("centre_weight", self.centre_weight, 0, 1)
-        set_field(self, "centre_weight", weight)
+            check_settings(self, check_between, "threshold", low=-1, high=1)
+        check_settings(self, check_count, "max_segment", "neighbours")
+        check_settings(self, check_between, "centre_weight", low=0, high=1)
 
-    def merge_tokens(
-        self, features: Tensor, context: VideoContext = NO_CONTEXT
-    ) -> tuple[Tensor, Tensor]:
-        if self.idle:
-            return super().merge_tokens(features, context)
-        tokens, scores = in_float32(features), vision_of(context, features)[0]
+    def reduce(self, features: Tensor, video: VideoContext) -> tuple[Tensor, Tensor]:
+        scores, _ = video.encoder_attention
         threshold = self.threshold
         if threshold is None:
             threshold = 0.65 if self.outer < 0.125 else 0.8
-        still = still_for(tokens, threshold)
+        still = still_for(features, threshold)
         lengths = still_segments(still, self.max_segment)
 
         ends = torch.tensor(lengths).cumsum(0).to(still.device) - 1
@@ -99,9 +92,9 @@ class HoliTom(TwoStage):
             count = max(round(size * share), int(size == places))
             if count:
                 where = highest(static[segment].float(), size)
-                means = tokens[start : start + length, where].mean(0)
+                means = features[start : start + length, where].mean(0)
                 chosen, means = condensed(means, count, self.neighbours, self.centre_weight)
-                merged[start, where[chosen]] = means.to(merged.dtype)
+                merged[start, where[chosen]] = means
                 keep[start, where[chosen]] = True
             start += length
         return merged, keep
@@ -215,12 +208,13 @@ def absorbed(states: Tensor, keep: Tensor) -> Tensor:
 
     Returns
     -------
-    Tensor, shape (V, D): means at kept places, taken in float32; other places are unchanged.
+    Tensor, shape (V, D): means at kept places, taken in float32 or float64; other places are as
+        they were.
     """
     kept, dropped = keep.nonzero().flatten(), (~keep).nonzero().flatten()
     if len(dropped) == 0:
         return states
-    values = states.float()
+    values = states.to(torch.promote_types(states.dtype, torch.float32))
     unit = F.normalize(values, dim=-1)
     target = (unit[dropped] @ unit[kept].T).argmax(-1)
     # A state that comes in is halved by itself and by each one that comes in after it.

@@ -1,7 +1,7 @@
 """LLaVA-PruMerge, adapted to video: attended tokens take in their neighbours.
 
-Source: "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models",
-https://arxiv.org/abs/2403.15388.
+Paper: "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models",
+https://arxiv.org/abs/2403.15388. Source: https://github.com/42Shawn/LLaVA-PruMerge.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dycoke.core.method import NO_CONTEXT, VideoContext
+from dycoke.core.method import VideoContext
 from dycoke.merging import retained_count
-from dycoke.methods.base import OneShot
-from dycoke.methods.common import in_float32, vision_of
+from dycoke.methods.base import Reducer
 
 NEIGHBOURS = 32
 
@@ -32,7 +31,7 @@ def prune_and_merge(
 
     Parameters
     ----------
-    features : Tensor, float32, shape (F, N, D)
+    features : Tensor, float32 or float64, shape (F, N, D)
     scores : Tensor, shape (F, N), not negative
     keys : Tensor, shape (F, N, C)
     count : int, 1 to N
@@ -68,7 +67,7 @@ def prune_and_merge(
 
 
 @dataclass(frozen=True)
-class LLaVAPruMerge(OneShot):
+class LLaVAPruMerge(Reducer):
     """An adaptation of LLaVA-PruMerge (https://arxiv.org/abs/2403.15388) to a set budget.
 
     Published for single images of CLIP: outliers of the class token's attention are kept, so that
@@ -79,13 +78,6 @@ class LLaVAPruMerge(OneShot):
 
     needs_vision: ClassVar[bool] = True
 
-    def merge_tokens(
-        self, features: Tensor, context: VideoContext = NO_CONTEXT
-    ) -> tuple[Tensor, Tensor]:
-        if self.idle:
-            return super().merge_tokens(features, context)
-        tokens = in_float32(features)
-        scores, keys = vision_of(context, tokens)
-        count = max(1, retained_count(tokens.shape[1], self.ratio))
-        merged, keep = prune_and_merge(tokens, scores, keys, count)
-        return merged.to(features.dtype), keep
+    def reduce(self, features: Tensor, video: VideoContext) -> tuple[Tensor, Tensor]:
+        count = max(1, retained_count(features.shape[1], self.ratio))
+        return prune_and_merge(features, *video.encoder_attention, count)

@@ -1,6 +1,7 @@
 """VidCom2: frames and tokens that differ from the mean stay.
 
-Source: "Video Compression Commander", https://arxiv.org/abs/2505.14454.
+Paper: "Video Compression Commander", https://arxiv.org/abs/2505.14454.
+Source: https://github.com/xuyang-liu16/VidCom2.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dycoke.core.method import NO_CONTEXT, VideoContext
+from dycoke.core.method import VideoContext
 from dycoke.core.selection import top_mask
-from dycoke.methods.base import OneShot
-from dycoke.methods.common import in_float32
+from dycoke.methods.base import Reducer
 
 WIDTHS = tuple(2.0**power for power in range(-3, 2))
 TEMPERATURE = 0.01
@@ -67,7 +67,7 @@ def frame_counts(to_video: Tensor, share: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class VidCom2(OneShot):
+class VidCom2(Reducer):
     """VidCom2 (https://arxiv.org/abs/2505.14454).
 
     A frame's share of the budget grows with its distance from the video's mean. In a frame those
@@ -75,12 +75,8 @@ class VidCom2(OneShot):
     nothing but the features is looked at.
     """
 
-    def merge_tokens(
-        self, features: Tensor, context: VideoContext = NO_CONTEXT
-    ) -> tuple[Tensor, Tensor]:
-        if self.idle:
-            return super().merge_tokens(features, context)
-        tokens = F.normalize(steady_channels(in_float32(features)), dim=-1)
+    def reduce(self, features: Tensor, video: VideoContext) -> tuple[Tensor, Tensor]:
+        tokens = F.normalize(steady_channels(features), dim=-1)
         to_video = likeness(tokens, tokens.mean((0, 1), keepdim=True))
         to_frame = likeness(tokens, tokens.mean(1, keepdim=True))
         counts = frame_counts(to_video, 1 - self.ratio)

@@ -1,8 +1,8 @@
 """VisionZip: the tokens that the vision encoder attends to, and means of the others.
 
-Source: "VisionZip: Longer is Better but Not Necessary in Vision Language Models",
-https://arxiv.org/abs/2412.04467; its counts for LLaVA-OneVision are those that HoliTom
-(https://arxiv.org/abs/2505.21334) compares with.
+Paper: "VisionZip: Longer is Better but Not Necessary in Vision Language Models",
+https://arxiv.org/abs/2412.04467. Source: https://github.com/dvlab-research/VisionZip. The counts
+for LLaVA-OneVision are those that HoliTom (https://arxiv.org/abs/2505.21334) compares with.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dycoke.core.method import NO_CONTEXT, VideoContext
+from dycoke.core.method import VideoContext
 from dycoke.core.selection import top_mask
-from dycoke.methods.base import OneShot
-from dycoke.methods.common import in_float32, vision_of
+from dycoke.methods.base import Reducer
 
 DOMINANT = 54 / 64
 PUBLISHED = {(0.75, 196): 50, (0.9, 196): 20}  # (ratio, N) -> tokens per frame
@@ -37,7 +36,7 @@ def zip_frames(features: Tensor, scores: Tensor, keys: Tensor, count: int) -> tu
 
     Parameters
     ----------
-    features : Tensor, float32, shape (F, N, D)
+    features : Tensor, float32 or float64, shape (F, N, D)
     scores : Tensor, shape (F, N)
     keys : Tensor, shape (F, N, C)
     count : int, 1 to N
@@ -73,7 +72,7 @@ def _rows(values: Tensor, index: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class VisionZip(OneShot):
+class VisionZip(Reducer):
     """VisionZip (https://arxiv.org/abs/2412.04467), after projector and pooling.
 
     Each frame keeps as many tokens as any other, see `frame_count` and `zip_frames`. Contextual
@@ -82,13 +81,6 @@ class VisionZip(OneShot):
 
     needs_vision: ClassVar[bool] = True
 
-    def merge_tokens(
-        self, features: Tensor, context: VideoContext = NO_CONTEXT
-    ) -> tuple[Tensor, Tensor]:
-        if self.idle:
-            return super().merge_tokens(features, context)
-        tokens = in_float32(features)
-        scores, keys = vision_of(context, tokens)
-        count = frame_count(tokens.shape[1], self.ratio)
-        zipped, keep = zip_frames(tokens, scores, keys, count)
-        return zipped.to(features.dtype), keep
+    def reduce(self, features: Tensor, video: VideoContext) -> tuple[Tensor, Tensor]:
+        count = frame_count(features.shape[1], self.ratio)
+        return zip_frames(features, *video.encoder_attention, count)

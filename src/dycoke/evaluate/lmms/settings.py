@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from dycoke.compressor import Compressor
+from dycoke.errors import check_ratio
 from dycoke.methods import create
 
 
@@ -61,7 +62,8 @@ def settings_of(arguments: Mapping[str, Any]) -> Settings:
         raise ValueError(
             "method= is missing: say method=dycoke, or method=full for the model as is"
         )
-    compressor = create(str(name), ratio)
+    retention = None if ratio is None else round(1 - check_ratio("ratio", ratio), 12)
+    compressor = create(str(name), retention=retention)
     own = {key: rest.pop(key) for key in list(rest) if key in _names(compressor)}
     if compressor is not None and own:
         compressor = type(compressor).from_dict(compressor.to_dict() | own)
@@ -85,7 +87,7 @@ def argument_names(cls: type) -> set[str]:
 
 
 def _names(compressor: Compressor | None) -> set[str]:
-    return set() if compressor is None else {f.name for f in fields(compressor)}  # type: ignore[arg-type]
+    return set() if compressor is None else compressor.setting_names()
 
 
 def _list(names: Collection[str]) -> str:
