@@ -23,6 +23,7 @@ from dycoke.merging import budget_mask, merge_mask, merge_mean, video_budget
 from dycoke.models import Layout
 from dycoke.models.locate import Frames
 from dycoke.report import Report
+from dycoke.vision.scores import Vision
 
 
 class Run:
@@ -47,6 +48,11 @@ class Run:
         return None if record is None else record.report()
 
     @property
+    def vision(self) -> Vision | None:
+        """What reads the vision encoder's attention; None where the method does without."""
+        return self._engine.vision
+
+    @property
     def trace(self) -> Trace | None:
         """What the last generation kept and attended to; None unless ``trace=True``."""
         record = self._engine.records.last
@@ -64,7 +70,7 @@ class Compressor(Method):
         model: Any,
         trace: bool = False,
         layout: Layout | None = None,
-        frames: Frames | None = None,
+        frame_source: Frames | None = None,
     ) -> AbstractContextManager[Run]:
         """Compress what ``model`` generates inside a ``with`` block.
 
@@ -73,7 +79,7 @@ class Compressor(Method):
         model : a transformers model of a known family.
         trace : keep masks, active sets and attention of the last generation in ``run.trace``.
         layout : finds the videos of a prompt, for a family that is not known here.
-        frames : where the frames of a video are. None or "videos": in the processor's videos;
+        frame_source : where the frames of a video are. None or "videos": in the processor's videos;
             images are never merged. "images": all images of a prompt are frames of one video, too.
             A list such as [8, 8]: a prompt's images are videos of so many images each, in order.
 
@@ -82,9 +88,9 @@ class Compressor(Method):
         UnsupportedError
             Where this cannot work on this model, with the way out.
         ValueError
-            For ``frames`` that are none of these, or together with ``layout``.
+            For a ``frame_source`` that is none of these, or together with ``layout``.
         """
-        return _applied(model, self, trace, layout, frames)
+        return _applied(model, self, trace, layout, frame_source)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings, ready for JSON."""
@@ -109,9 +115,9 @@ def _applied(
     compressor: Compressor,
     trace: bool,
     layout: Layout | None,
-    frames: Frames | None,
+    frame_source: Frames | None,
 ) -> Iterator[Run]:
-    run = apply(model, compressor, trace, layout, frames)
+    run = apply(model, compressor, trace, layout, frame_source)
     try:
         yield run
     finally:
@@ -123,7 +129,7 @@ def apply(
     compressor: Compressor,
     trace: bool = False,
     layout: Layout | None = None,
-    frames: Frames | None = None,
+    frame_source: Frames | None = None,
 ) -> Run:
     """Compress what ``model`` generates from now on, until `remove`. See `Compressor.__call__`.
 
@@ -132,7 +138,7 @@ def apply(
     UnsupportedError
         Where this cannot work on this model, or it is compressed already.
     """
-    engine = Engine(model, compressor, trace, layout, frames)
+    engine = Engine(model, compressor, trace, layout, frame_source)
     engine.install()
     return Run(engine)
 

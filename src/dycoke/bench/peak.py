@@ -57,7 +57,8 @@ def peak_rss() -> int | None:
 def main() -> None:
     task = json.load(sys.stdin)
     plan = Plan.from_dict(task["plan"])
-    Bench(plan).once(task["path"], methods.create(task["method"], plan.ratio), plan.new_tokens)
+    compressor = methods.at_retention(task["method"], plan.retention)
+    Bench(plan).once(task["path"], compressor, plan.new_tokens)
     json.dump(peak_rss(), sys.stdout)
 
 

@@ -139,7 +139,7 @@ def heading(bench: Bench, sample: Sample, command: str) -> dict[str, Any]:
         "new_tokens": plan.new_tokens,
         "batch": plan.batch,
         "repeat": plan.repeat,
-        "ratio": plan.ratio,
+        "retention": plan.retention,
         "prompt_tokens": sample.prompt_tokens,
         "visual_tokens": sample.visual_tokens,
         "video": plan.video or "a story rendered by dycoke.nano.stories",

@@ -68,10 +68,10 @@ class Bench:
         try:
             if plan.arch is not None:
                 arch = plan.arch
-                self.model = arch.build(plan.place, plan.attention)
+                self.model = arch.build(plan.chosen_device, plan.attention)
                 self.prepare = lambda video: arch.inputs(self.model, video.frames)
             else:
-                assistant = Assistant.load(plan.model, plan.place, attention=plan.attention)
+                assistant = Assistant.load(plan.model, plan.chosen_device, attention=plan.attention)
                 self.model = assistant.model
                 self.prepare = lambda video: assistant.prepare(video, QUESTION)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -88,7 +88,7 @@ class Bench:
             plan = self.plan
             video = read(path, plan.frames, stream=plan.stream, max_pixels=plan.max_pixels)
             inputs = {k: _repeated(v, self.plan.batch) for k, v in self.prepare(video).items()}
-        with watch.compressing(compressor, frames=own_frames(self.model.config)) as run:
+        with watch.compressing(compressor, frame_source=own_frames(self.model.config)) as run:
             output = self.model.generate(
                 **inputs,
                 **GREEDY,
@@ -130,7 +130,7 @@ class Bench:
             Where memory runs out.
         """
         plan, tell = self.plan, on_run or (lambda *_: None)
-        ready = {name: methods.create(name, plan.ratio) for name in plan.methods}
+        ready = {name: methods.at_retention(name, plan.retention) for name in plan.methods}
         samples: dict[str, list[Sample]] = {name: [] for name in ready}
         try:
             for name, compressor in ready.items():
@@ -142,7 +142,7 @@ class Bench:
                     samples[name].append(self.once(path, compressor, plan.new_tokens))
         except torch.OutOfMemoryError:
             raise BenchError(
-                f"{plan.place} has too little memory for {name}; take fewer frames, a smaller "
+                f"{plan.chosen_device} has too little memory for {name}; take fewer frames, a smaller "
                 "batch, or fewer layers"
             ) from None
         return samples

@@ -109,13 +109,13 @@ class Engine:
         method: Method,
         trace: bool = False,
         layout: Layout | None = None,
-        frames: Frames | None = None,
+        frame_source: Frames | None = None,
     ) -> None:
         self.given, self.method, self.trace = given, method, trace
         self.model: Any = guards.transformers_model(given)
         self.base: Any = self.model.base_model
         self.decoder: Any = self.model.get_decoder()
-        self.finder = Finder(self.base.config, layout, frames)
+        self.finder = Finder(self.base.config, layout, frame_source)
         self.masks: Masks | None = getattr(self.finder.family, "masks", None)
         guards.check_settings(self.model, method, self.finder.rope)
         compat.check_names(self.model, self.base, self.decoder)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dycoke.assistant import Assistant
-from dycoke.compat import cache_name, cache_of
+from dycoke.compat import cache_name, cache_of, chat_prompt
 from dycoke.compressor import Compressor, DyCoke
 from dycoke.evaluate.stats import Count, paired_difference, wilson
 from dycoke.methods.controls import FewerFrames, RandomTokens
@@ -247,13 +247,11 @@ class StoryQA:
     def _ids(self, questions: Sequence[str]) -> list[list[int]]:
         """Prompts about one story each, as the processor makes them."""
         processor = self.processor
-        texts = []
-        for question in questions:
-            content = [{"type": "video"}, {"type": "text", "text": question}]
-            text = processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-            )
-            texts.append(text.replace(processor.video_token, processor.video_token * (VISUAL + 1)))
+        mark = processor.video_token
+        texts = [
+            chat_prompt(processor, question).replace(mark, mark * (VISUAL + 1))
+            for question in questions
+        ]
         ids: list[list[int]] = processor.tokenizer(texts)["input_ids"]
         return ids
 

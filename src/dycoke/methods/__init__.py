@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dycoke.compressor import Compressor, DyCoke
-from dycoke.errors import check_ratio
+from dycoke.errors import check_ratio, check_retention
 from dycoke.methods.composed import Composed
 from dycoke.methods.controls import FewerFrames, RandomTokens
 from dycoke.methods.fastv import FastV
@@ -150,6 +150,20 @@ def create(name: str, ratio: float | None = None) -> Compressor | None:
         raise ValueError(f"{name}: {error}") from None
 
 
+def at_retention(name: str, retention: float | None = None) -> Compressor | None:
+    """A method by its name, as `create`, that keeps the share ``retention``, in (0, 1].
+
+    Commands and settings say what stays; the constructors of the methods take ``ratio``, what
+    leaves.
+    """
+    return create(name, None if retention is None else removed(retention))
+
+
+def removed(retention: float) -> float:
+    """The share that leaves where ``retention`` stays: 0.85 of 0.15, not 0.85 and a bit."""
+    return round(1.0 - check_retention("retention", retention), 12)
+
+
 def one_shot(name: str, ratio: float | None = None) -> Compressor | None:
     """A method by its name, of which every step attends to all that it keeps."""
     method = create(name, ratio)
@@ -172,6 +186,8 @@ __all__ = [
     "RandomTokens",
     "VidCom2",
     "VisionZip",
+    "at_retention",
     "create",
     "one_shot",
+    "removed",
 ]
