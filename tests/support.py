@@ -83,7 +83,7 @@ def compressed(
     frames: Any = None,
     **kwargs: Any,
 ) -> tuple[Any, Run]:
-    with settings(model, frames=frames) as run:
+    with settings(model, frame_source=frames) as run:
         return generate(model, inputs, tokens, **kwargs), run
 
 

@@ -148,7 +148,7 @@ def test_a_video_watched_once_answers_as_one_watched_each_time(
             )
             video = stories.render(told[row.story])
             inputs = assistant.processor(text=[text], videos=[video], return_tensors="pt")
-            longest = storyqa.LONGEST[row.task]
+            longest = storyqa.ANSWER_TOKENS[row.task]
             output = assistant.model.generate(**inputs, max_new_tokens=longest, do_sample=False)
             alone = assistant.processor.decode(
                 output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
@@ -178,7 +178,7 @@ def test_an_evaluation_goes_on_where_it_stopped(assistant: Assistant, tmp_path: 
     assert len(saved["full"]["ask"]) == 10
     resumed = storyqa.evaluate(*args, keep=kept)
     whole = storyqa.evaluate(*args)
-    table, again = storyqa.results(lines, resumed), storyqa.results(lines, whole)
+    table, again = storyqa.setting_results(lines, resumed), storyqa.setting_results(lines, whole)
     assert table == again
     assert [row["name"] for row in table] == ["full", "dycoke K=0.7 P=0.7 L=3"]
     assert table[0]["retention"] == 1.0
@@ -186,7 +186,7 @@ def test_an_evaluation_goes_on_where_it_stopped(assistant: Assistant, tmp_path: 
     assert table[1]["settings"]["merge_ratio"] == 0.7
     assert set(table[1]["ask"]) == {"n", "correct", "low", "high", "to_full"}
     # Another seed is another evaluation.
-    other = storyqa.Progress(kept, {"split": "seen", "seed": 8, "stories": 10, "model": "nano"})
+    other = storyqa.SavedScores(kept, {"split": "seen", "seed": 8, "stories": 10, "model": "nano"})
     assert other.scores == {}
 
 

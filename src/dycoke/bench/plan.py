@@ -33,7 +33,7 @@ class Plan:
     new_tokens : tokens to generate, never fewer.
     repeat : measured turns; a turn runs every method once.
     batch : copies of the prompt in one batch.
-    retention : share of the visual tokens that stays, in (0, 1]; None for each method's own default.
+    retention : share of the visual tokens that stays, in (0, 1]; None for each method's default.
     device : such as "cuda:1"; None for the best there is.
     attention : such as "flash_attention_2"; None for transformers' choice.
 

@@ -142,8 +142,8 @@ class Bench:
                     samples[name].append(self.once(path, compressor, plan.new_tokens))
         except torch.OutOfMemoryError:
             raise BenchError(
-                f"{plan.chosen_device} has too little memory for {name}; take fewer frames, a smaller "
-                "batch, or fewer layers"
+                f"{plan.chosen_device} has too little memory for {name}; take fewer "
+                "frames, a smaller batch, or fewer layers"
             ) from None
         return samples
 

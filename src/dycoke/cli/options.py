@@ -110,7 +110,7 @@ def method_of(name: str, retention: float | None, settings: dict[str, Any]) -> C
             return dycoke_of(retention, settings)
         if settings:
             names = ", ".join(map(option_name, settings))
-            raise BadInput(f"{names}: a setting of dycoke, and not of {name}; drop it")
+            raise BadInput(f"{names}: settings of dycoke, and {name} has none of them; drop them")
         if name == "full" and retention is not None:
             raise BadInput("--retention: the full model keeps everything; drop it")
         return at_retention(name, retention)

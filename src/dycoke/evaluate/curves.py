@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from dycoke.evaluate.retention import BASES, TASKS
+from dycoke.evaluate.retention import BASES
+from dycoke.evaluate.storyqa import TASKS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -78,8 +78,8 @@ def settings_of(arguments: Mapping[str, Any]) -> Settings:
         compressor = type(compressor).from_dict(compressor.to_dict() | own)
     if frame_source is not None and base is None:
         raise ValueError(
-            f"frame_source={frame_source!r} says what a base= hands over, and there is none; the number of "
-            "frames is max_frames_num="
+            f"frame_source={frame_source!r} says what a base= hands over, and there is "
+            "none; the number of frames is max_frames_num="
         )
     return Settings(str(name), compressor, base, frame_source, rest)
 
