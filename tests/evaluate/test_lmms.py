@@ -17,8 +17,9 @@ import tiny
 import torch
 from support import inputs_of
 
-from dycoke import DyCoke, UnsupportedError, lmms
+from dycoke import DyCoke, UnsupportedError
 from dycoke.assistant import Assistant
+from dycoke.evaluate import lmms
 from dycoke.evaluate.lmms.account import Account, compress
 from dycoke.evaluate.lmms.prompts import generation, video_and_question
 from dycoke.evaluate.lmms.settings import argument_names, settings_of

@@ -13,7 +13,7 @@ import typer
 
 from dycoke.cli import bench, demo, evaluate, lists, run
 from dycoke.cli.console import BadInput, out, say
-from dycoke.cli.options import RENAMED
+from dycoke.cli.options import RENAMED_OPTIONS
 
 app = typer.Typer(
     name="dycoke",
@@ -45,7 +45,7 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         code = say("interrupted", 130)
     except UsageProblem as error:
-        new = RENAMED.get(getattr(error, "option_name", ""))
+        new = RENAMED_OPTIONS.get(getattr(error, "option_name", ""))
         message = error.format_message() if new is None else f"{error.option_name} is now {new}"
         code = say(f"{message} (see dycoke --help)", 2)
     except BadInput as error:

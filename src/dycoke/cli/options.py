@@ -64,7 +64,7 @@ PruneLayer = Annotated[
 ]
 
 # Options that were renamed: the new name, and how to get its value.
-RENAMED = {"--ratio": "--retention, the share of the visual tokens that stays: 1 - ratio"}
+RENAMED_OPTIONS = {"--ratio": "--retention, the share of the visual tokens that stays: 1 - ratio"}
 
 MAX_PIXELS = 1 << 28  # as `dycoke.video.MAX_PIXELS`, which takes the decoder's import
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dycoke.report import Report
     from dycoke.video import Video
 
-STAGES = {
+STAGE_ROWS = {
     "video decoding, s": "video_s",
     "vision encoder, s": "vision_s",
     "compression, s": "compress_s",
@@ -179,7 +179,7 @@ def report_table(answer: Answer, full: Answer | None, name: str) -> Table:
 
     if answer.report is not None:
         _add_counts(table, line, answer.report, full is None)
-    for title, key in STAGES.items():
+    for title, key in STAGE_ROWS.items():
         whole = 0.0 if full is None else getattr(full.timings, key)
         line(title, getattr(answer.timings, key), whole, "{:.3f}".format)
     return table

@@ -161,7 +161,7 @@ class StoryQA:
                     texts = self._generate(ids, rows[0].task, **videos)
                 else:
                     texts = self._answer(watched, places, ids, rows[0].task)
-                if run is None or run.report is None:
+                if run is None or run.report is None or not run.report.engaged:
                     counts: list[tuple[int, float, int]] = [(VISUAL, VISUAL, VISUAL)] * len(rows)
                 else:
                     counts = [

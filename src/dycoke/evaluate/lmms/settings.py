@@ -11,7 +11,7 @@ from dycoke.compressor import Compressor
 from dycoke.methods import at_retention
 
 # Settings that were renamed: the new name, and what to know of it.
-RENAMED = {
+RENAMED_SETTINGS = {
     "ratio": "retention=, the share of the visual tokens that stays: 1 - ratio",
     "frames": "frame_source=, which says what a base= hands over; the number of frames is "
     "max_frames_num=",
@@ -63,7 +63,7 @@ def settings_of(arguments: Mapping[str, Any]) -> Settings:
         For no method or an unknown one, for values out of range, and for names of old.
     """
     rest = dict(arguments)
-    for old, new in RENAMED.items():
+    for old, new in RENAMED_SETTINGS.items():
         if old in rest:
             raise ValueError(f"{old}= is now {new}")
     name, retention = rest.pop("method", None), rest.pop("retention", None)
