@@ -48,8 +48,8 @@ def test_the_answer_is_that_of_the_users_own_call(family: str, load: Any, clip: 
     with untouched(assistant.model):
         answer = assistant.ask(video, "what happens", DyCoke(), max_new_tokens=6)
     inputs = assistant.prepare(video, "what happens")
-    frames = "images" if family in ("internvl", "smolvlm") else None
-    with DyCoke()(assistant.model, frame_source=frames) as run:
+    source = "images" if family in ("internvl", "smolvlm") else None
+    with DyCoke()(assistant.model, frame_source=source) as run:
         ids = assistant.model.generate(**inputs, max_new_tokens=6, do_sample=False)
     new = ids[0, inputs["input_ids"].shape[1] :]
     text = assistant.processor.tokenizer.decode(new, skip_special_tokens=True).strip()

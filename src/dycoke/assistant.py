@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreame
 from transformers.video_utils import VideoMetadata
 
 from dycoke import nano
-from dycoke.compat import cache_name, cache_of
+from dycoke.compat import cache_name, cache_of, chat_prompt
 from dycoke.compressor import Compressor
 from dycoke.core.cache_rules import DycokeCache
 from dycoke.core.positions import PositionOffset, offset_after
@@ -72,21 +72,21 @@ def best_dtype(device: str) -> torch.dtype:
 
 
 def metadata_of(video: Video) -> VideoMetadata:
-    """What a processor is told of a clip, so that the times it works out are the true ones.
+    """The metadata of a clip from which a processor computes the true times of its frames.
 
-    Processors take place / fps for the time of a frame. Where that is not when it is shown, the
-    frames are told as places in a clip of `CLOCK` frames a second. Qwen2.5-VL knows one step for
-    all, length / number of frames: it gets the mean step between those that were sampled.
+    Processors take index / fps for the time of a frame. Where a frame is not shown at that time,
+    its index is that of a clip of `CLOCK` frames a second. Qwen2.5-VL knows one step for all
+    frames, length / number of frames: it gets the mean step between those that were sampled.
     """
-    places, fps, total = list(video.indices), video.fps, video.total_frames
+    indices, fps, total = list(video.indices), video.fps, video.total_frames
     if not video.even:
-        places, fps = [round(time * CLOCK) for time in video.timestamps], float(CLOCK)
-        steps = max(len(places) - 1, 1)
-        total = max(round((places[-1] - places[0]) / steps * len(places)), places[-1] + 1)
+        indices, fps = [round(time * CLOCK) for time in video.timestamps], float(CLOCK)
+        steps = max(len(indices) - 1, 1)
+        total = max(round((indices[-1] - indices[0]) / steps * len(indices)), indices[-1] + 1)
     return VideoMetadata(
         total_num_frames=total,
         fps=fps,
-        frames_indices=places,
+        frames_indices=indices,
         height=video.frames.shape[1],
         width=video.frames.shape[2],
         duration=video.duration,
@@ -146,7 +146,7 @@ class Assistant:
         UnsupportedError
             Where the processor does not take these frames.
         """
-        text = self.chat(question)
+        text = chat_prompt(self.processor, question)
         try:
             inputs = self.processor(
                 text=[text],
@@ -159,8 +159,8 @@ class Assistant:
             )
         except ValueError as error:
             raise UnsupportedError(self._refused(video, error)) from error
-        prepared: dict[str, Any] = inputs.to(self.model.device, self.model.dtype)
-        return prepared
+        on_device: dict[str, Any] = inputs.to(self.model.device, self.model.dtype)
+        return on_device
 
     def ask(
         self,
@@ -201,10 +201,10 @@ class Assistant:
         if not isinstance(video, Video):
             video = read(video, frames)
         inputs = self.prepare(video, question)
-        prepared = time.perf_counter() - began
+        video_s = time.perf_counter() - began
         generate |= {"max_new_tokens": max_new_tokens}
         with encode_in_chunks(self.model, encode_frames):
-            return self._answer(inputs, prepared, compressor, on_text, trace, generate)
+            return self._answer(inputs, video_s, compressor, on_text, trace, generate)
 
     def watch(
         self,
@@ -231,14 +231,6 @@ class Assistant:
         with encode_in_chunks(self.model, encode_frames):
             return Seen(self, video, compressor, trace, began)
 
-    def chat(self, question: str) -> str:
-        """The prompt's text for one video and one question."""
-        content = [{"type": "video"}, {"type": "text", "text": question}]
-        text: str = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        return text
-
     def _refused(self, video: Video, error: ValueError) -> str:
         """What to say where the processor did not take the frames."""
         count, height, width = video.frames.shape[:3]
@@ -253,7 +245,7 @@ class Assistant:
     def _answer(
         self,
         inputs: dict[str, Any],
-        prepared: float,
+        video_s: float,
         compressor: Compressor | None,
         on_text: Callable[[str], None] | None,
         trace: bool,
@@ -266,8 +258,8 @@ class Assistant:
         # Whatever the processor makes of the frames, they are those of one video.
         with watch.compressing(compressor, trace, frame_source_of(self.model.config)) as run:
             output = self.model.generate(**inputs, streamer=streamer, **generate)
-        watch.timings.video_s = prepared
-        watch.timings.total_s += prepared
+        watch.timings.video_s = video_s
+        watch.timings.total_s += video_s
         new = output[0, inputs["input_ids"].shape[1] :]
         tokenizer = self.processor.tokenizer
         return Answer(
@@ -319,16 +311,16 @@ class Seen:
             k: v[:, :shared] if getattr(v, "shape", None) == ids.shape else v
             for k, v in inputs.items()
         }
-        prepared = time.perf_counter() - began
+        video_s = time.perf_counter() - began
 
         model = assistant.model
-        stopwatch, frames = Stopwatch(model), frame_source_of(model.config)
+        stopwatch, frame_source = Stopwatch(model), frame_source_of(model.config)
         given: dict[str, Any] = {}
         hook = model.get_decoder().register_forward_pre_hook(
             lambda module, args, kwargs: given.update(kwargs), with_kwargs=True
         )
         try:
-            with stopwatch.compressing(compressor, trace, frames) as run, torch.no_grad():
+            with stopwatch.compressing(compressor, trace, frame_source) as run, torch.no_grad():
                 self._cache = cache_of(model(**prefix, use_cache=True, logits_to_keep=1))
         finally:
             hook.remove()
@@ -339,8 +331,8 @@ class Seen:
             self._offset = offset_after(given.get("position_ids"), None, given["inputs_embeds"])
         self.report: Report | None = None if run is None else run.report
         self.timings: Timings = stopwatch.timings
-        self.timings.video_s = prepared
-        self.timings.total_s += prepared
+        self.timings.video_s = video_s
+        self.timings.total_s += video_s
 
     def _check(
         self, video: str | os.PathLike[str] | Video | None, generate: dict[str, Any]
@@ -364,7 +356,7 @@ class Seen:
     def _tail(self, question: str) -> list[int] | None:
         """The tokens of a prompt after its video, where the text tells where that is."""
         processor = self._assistant.processor
-        mark, text = getattr(processor, "video_token", None), self._assistant.chat(question)
+        mark, text = getattr(processor, "video_token", None), chat_prompt(processor, question)
         if not mark or mark not in text:
             return None
         after = text[text.rindex(mark) + len(mark) :]
@@ -408,10 +400,10 @@ class Seen:
         if self._offset is not None:
             new = ids.shape[1] - self._ids.shape[1]
             inputs["position_ids"] = self._offset.positions(None, ids.shape[1], new, 1)
-        prepared = time.perf_counter() - began
+        video_s = time.perf_counter() - began
         generate |= {"max_new_tokens": max_new_tokens}
         return self._assistant._answer(
-            inputs, prepared, self._compressor, on_text, self._trace, generate
+            inputs, video_s, self._compressor, on_text, self._trace, generate
         )
 
 

@@ -74,6 +74,15 @@ def cache_of(values: Mapping[str, Any]) -> Any:
     return next((values[name] for name in CACHE_NAMES if values.get(name) is not None), None)
 
 
+def chat_prompt(processor: Any, question: str) -> str:
+    """The text of a prompt of one video and one question, as the processor's template has it."""
+    content = [{"type": "video"}, {"type": "text", "text": question}]
+    text: str = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    return text
+
+
 def require(module: Any, *names: str) -> None:
     """Raise where the forward of ``module`` has no arguments of these names."""
     missing = sorted(set(names) - set(parameters(module)))

@@ -17,6 +17,7 @@ from dycoke.core.records import Trace
 from dycoke.models import Layout
 from dycoke.models.locate import FrameSource
 from dycoke.report import Report
+from dycoke.vision.scores import Vision
 
 
 class Run:
@@ -39,6 +40,11 @@ class Run:
         """
         record = self._engine.records.last
         return None if record is None else record.report()
+
+    @property
+    def vision(self) -> Vision | None:
+        """What reads the vision encoder's attention; None where the method does without."""
+        return self._engine.vision
 
     @property
     def trace(self) -> Trace | None:

@@ -30,11 +30,12 @@ def check_ratio(name: str, value: object) -> float:
     return ratio
 
 
-def check_share(name: str, value: object) -> float:
-    """Return ``value`` as a float in (0, 1], or say what is wrong with it."""
+def check_retention(name: str, value: object) -> float:
+    """Return ``value``, a share of the visual tokens that stays, as a float in (0, 1]."""
     share = check_number(name, value, "(0, 1]")
     if not 0.0 < share <= 1.0:
-        raise ValueError(f"{name} must be in (0, 1], got {value!r}")
+        hint = f"; did you mean {share / 100:g}?" if 1.0 < share <= 100.0 else ""
+        raise ValueError(f"{name} must be in (0, 1], got {share:g}{hint}")
     return share
 
 

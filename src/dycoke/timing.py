@@ -53,8 +53,8 @@ class Stopwatch:
     def __init__(self, model: Any) -> None:
         self.model, self.base, self.decoder = model, model.base_model, model.get_decoder()
         self.timings = Timings()
-        self._start = self._prefilled = self._last = self._noted = 0.0
-        self._steps = 0
+        self._start = self._prefilled = self._last = self._scored = 0.0
+        self._steps = self._encoding = 0
 
     def now(self) -> float:
         device = self.model.device
@@ -89,8 +89,10 @@ class Stopwatch:
             self._hook(stack, self.decoder, self._begin)
             run = None
             if compressor is not None:
-                run = stack.enter_context(compressor(self.model, trace, frame_source=frame_source))
-                self._time_scores(run._engine.vision)
+                block = compressor(self.model, trace, frame_source=frame_source)
+                run = stack.enter_context(block)
+                if run.vision is not None:
+                    run.vision.timed = self._scoring
             self._hook(stack, self.base, self._compressed)
             self._hook(stack, self.decoder, self._compressed)
             handle = self.model.register_forward_hook(self._forwarded)
@@ -111,32 +113,26 @@ class Stopwatch:
     def _timed(self, inner: Any) -> Any:
         @functools.wraps(inner)  # generate inspects its signature
         def timed(*args: Any, **kwargs: Any) -> Any:
-            before, noted, began = self.timings.vision_s, self._noted, self.now()
+            before, scored, began = self.timings.vision_s, self._scored, self.now()
+            self._encoding += 1
             try:
                 return inner(*args, **kwargs)
             finally:
+                self._encoding -= 1
                 # Instead of what a call inside this one has counted.
-                self.timings.vision_s = before + self.now() - began - (self._noted - noted)
+                self.timings.vision_s = before + self.now() - began - (self._scored - scored)
 
         return timed
 
-    def _time_scores(self, vision: Any) -> None:
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
         """What a method asks of the vision encoder's attention is compression, too."""
-        if vision is None:
-            return
-        for name in ("note", "pool"):
-            setattr(vision, name, self._scored(getattr(vision, name), name == "note"))
-
-    def _scored(self, inner: Any, inside: bool) -> Any:
-        def scored(*args: Any) -> Any:
-            began = self.now()
-            result = inner(*args)
-            took = self.now() - began
-            self.timings.compress_s += took
-            self._noted += took if inside else 0.0  # it is no part of the encoder's own time
-            return result
-
-        return scored
+        began = self.now()
+        yield
+        took = self.now() - began
+        self.timings.compress_s += took
+        if self._encoding:  # it is no part of the encoder's own time
+            self._scored += took
 
     def _begin(self, *_: Any) -> None:
         if not self._prefilled:

@@ -115,7 +115,7 @@ HEAD = [
     "new_tokens",
     "batch",
     "repeat",
-    "ratio",
+    "retention",
     "prompt_tokens",
     "visual_tokens",
     "video",
@@ -174,7 +174,7 @@ def test_methods_take_turns_after_a_warm_up(clip: str) -> None:
 
 def test_counts_and_bytes_are_those_of_the_run(clip: str) -> None:
     bench = speed.Bench(planned("full", "dycoke", repeat=1, batch=2))
-    rows = results.results(bench, bench.measure(clip))
+    rows = results.method_results(bench, bench.measure(clip))
     full, ours = rows
     visual = FRAMES * TOKENS
     kept, active = 3 * TOKENS + 6 * 2, 11  # int(.3 x 9) = 2 of a frame, int(.3 x 39) = 11
@@ -195,8 +195,8 @@ def test_counts_and_bytes_are_those_of_the_run(clip: str) -> None:
 
 def test_flops_follow_the_layers(clip: str) -> None:
     """A method that drops inside the LLM: each layer costs what it holds."""
-    bench = speed.Bench(planned("fastv", "visionzip+dycoke", repeat=1, ratio=0.5))
-    dropped, composed = results.results(bench, bench.measure(clip))
+    bench = speed.Bench(planned("fastv", "visionzip+dycoke", repeat=1, retention=0.5))
+    dropped, composed = results.method_results(bench, bench.measure(clip))
     visual, left = FRAMES * TOKENS, dropped["active_tokens"]
     assert dropped["kept_tokens"] == visual and 0 < left < visual // 2
     layer = costs.Shape(32, 48, 1)
@@ -254,7 +254,7 @@ def test_medians_least_and_most() -> None:
         ]
         for name, times, factor in (("full", (4.0, 2.0, 9.0), 3), ("dycoke", (2.0, 1.0, 3.0), 1))
     }  # fmt: skip
-    rows = results.results(bench, samples)
+    rows = results.method_results(bench, samples)
     results.compare(rows)
     full, ours = rows
     assert [full[k]["total_s"] for k in ("stages", "stages_min", "stages_max")] == [40, 20, 90]
@@ -265,7 +265,7 @@ def test_medians_least_and_most() -> None:
     assert set(full["vs_full"].values()) == {1.0}
     results.compare(rows[1:])
     assert ours["vs_full"] is None  # nothing to compare with
-    assert show.tables({**results.heading(bench, samples["full"][0], "")}, rows)
+    assert show.speed_tables({**results.heading(bench, samples["full"][0], "")}, rows)
 
 
 def test_stacked_bars_show_the_stages() -> None:
@@ -285,7 +285,7 @@ def test_stacked_bars_show_the_stages() -> None:
     width = []
     for i in range(2):
         y = len(image) - show.MARGIN - (2 - i) * (show.BAR + show.GAP) + 2  # above the whisker
-        drawn = [(image[y] == colour).all(-1).sum() for colour in show.COLOURS.values()]
+        drawn = [(image[y] == colour).all(-1).sum() for colour in show.STAGE_COLOURS.values()]
         width.append(drawn)
         whole = sum(drawn)
         for pixels, seconds in zip(drawn, show.parts(row).values(), strict=True):
@@ -297,7 +297,7 @@ def test_the_command(run: Any, clip: str, tmp_path: Path, peaks: list[str]) -> N
     file, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     code, out, err = run("bench", "--arch", "tiny", "--frames", FRAMES, "--new-tokens", NEW,
                          "--repeat", 1, "--methods", "full, once,dycoke", "--layers", 4,
-                         "--ratio", 0.3, "--device", "cpu", "--video", clip,
+                         "--retention", 0.7, "--device", "cpu", "--video", clip,
                          "--json", file, "--picture", picture)  # fmt: skip
     assert code == 0, err
     last = out.splitlines()[-1]
@@ -341,7 +341,9 @@ def test_the_embedded_model_and_a_rendered_story(run: Any, tmp_path: Path) -> No
         (("--methods", "full,nothing"), "unknown method 'nothing'; there are full, dycoke, "),
         (("--methods", ","), "no method is named; there are full, dycoke, "),
         (("--device", "abacus"), "unknown device 'abacus'; there are cpu"),
-        (("--ratio", "1"), "full: retention must be in (0, 1], got 0.0"),
+        (("--retention", "0"), "retention must be in (0, 1], got 0"),
+        (("--retention", "30"), "retention must be in (0, 1], got 30; did you mean 0.3?"),
+        (("--ratio", "0.3"), "--ratio is now --retention, the share of the visual tokens that"),
         (("--arch", "tiny", "--layers", "9"), "layers must be in 1 to 5, got 9"),
         (("--arch", "tiny", "--vision-layers", "0"), "vision layers must be in 1 to 2, got 0"),
         (("--arch", "tiny", "--layers", "3"), "prune_layer=3 leaves no layer to prune"),
@@ -389,7 +391,7 @@ def test_a_process_that_fails_leaves_its_peak_open(monkeypatch: Any, clip: str) 
 
 
 def test_plans_travel_as_json() -> None:
-    there = planned("full", "dycoke", arch=QWEN, ratio=0.5)
+    there = planned("full", "dycoke", arch=QWEN, retention=0.5)
     assert plan.Plan.from_dict(json.loads(json.dumps(there.to_dict()))) == there
 
 

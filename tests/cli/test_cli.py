@@ -16,6 +16,8 @@ from rich.console import Console
 
 import dycoke
 from dycoke import cli
+from dycoke.cli import lists, options
+from dycoke.video import MAX_PIXELS
 
 VIDEOS = Path(__file__).parents[3] / "shared" / "videos"
 CLIPS = sorted(p.name for p in VIDEOS.glob("*.m*") if p.suffix != ".md")
@@ -101,6 +103,34 @@ def test_no_compress_is_plain(run: Any, clip: Path) -> None:
     assert zero["report"]["engaged"] is False
 
 
+def test_a_method_by_name(run: Any, clip: Path) -> None:
+    args = ("run", clip, "--frames", 9, "--max-new-tokens", 5)
+    code, out, _ = run(*args, "--method", "visionzip", "--retention", 0.25, "--json")
+    report = json.loads(out)["report"]
+    assert code == 0
+    assert report["method"] == "VisionZip" and report["settings"]["ratio"] == 0.75
+    assert report["retention"] == report["final_retention"] == 0.25
+    code, out, _ = run(*args, "--method", "visionzip", "--compare")
+    assert code == 0 and "DyCoke" not in out
+    for word in ("full:", "visionzip:", "ratio", "visual tokens attended"):
+        assert word in out
+    full, plain = (json.loads(run(*args, *how, "--json")[1]) for how in
+                   (("--method", "full"), ("--no-compress",)))  # fmt: skip
+    assert full["report"] is None and full["text"] == plain["text"]
+
+
+def test_retention_beside_the_papers_pruning(run: Any, clip: Path) -> None:
+    args = ("run", clip, "--frames", 9, "--max-new-tokens", 5, "--json")
+    _, out, _ = run(*args, "--retention", 0.5, "--prune-ratio", 0.5)
+    report = json.loads(out)["report"]
+    assert report["settings"] == dycoke.DyCoke(token_budget=0.5, prune_ratio=0.5).to_dict()
+    assert (report["retention"], report["final_retention"]) == (0.5, 0.25)
+
+
+def test_the_limit_of_pixels_is_the_readers_own() -> None:
+    assert options.MAX_PIXELS == MAX_PIXELS
+
+
 def test_another_model_by_directory(run: Any, clip: Path, qwen: Path) -> None:
     code, out, err = run(
         "run", clip, "--model", qwen, "--frames", 8, "--max-new-tokens", 4, "--json"
@@ -170,7 +200,7 @@ def test_frames_that_become_images_are_declared(run: Any, clip: Path, tmp_path: 
 def test_the_table_of_models(run: Any, monkeypatch: Any) -> None:
     from dycoke.models import families
 
-    monkeypatch.setattr(cli, "out", Console(width=300))
+    monkeypatch.setattr(lists, "out", Console(width=300))
     code, out, _ = run("models")
     assert code == 0
     for model_type, family in families().items():
@@ -233,7 +263,7 @@ def test_what_cannot_be_read_twice(run: Any, tmp_path: Path) -> None:
         (("run", "{clip}", "--token-budget", "few"), "--token-budget must be a number, got 'few'"),
         (
             ("run", "{clip}", "--token-budget", "9", "--merge-ratio", "0.5"),
-            "merge_ratio=0.5 and token_budget=9 both say how many tokens stay",
+            "--merge-ratio and --token-budget exclude each other; drop one",
         ),
         (("eval", "--token-budget", "0"), "token_budget must be an integer of at least 1"),
         (("eval", "--token-budget", "9", "--merge-ratio", "0.7"), "exclude each other; drop one"),
@@ -253,6 +283,27 @@ def test_what_cannot_be_read_twice(run: Any, tmp_path: Path) -> None:
         (("eval", "--split", "new"), "--split must be seen or unseen, got 'new'"),
         (("eval", "--merge-ratio", "1"), "merge_ratio must be in [0, 1), got 1.0"),
         (("eval", "--settings", "nothing"), "no setting begins with 'nothing'; there are full"),
+        (("run", "{clip}", "--retention", "25"), "must be in (0, 1], got 25; did you mean 0.25?"),
+        (("run", "{clip}", "--retention", "0"), "retention must be in (0, 1], got 0"),
+        (("run", "{clip}", "--method", "none"), "unknown method 'none'; there are full, dycoke,"),
+        (
+            ("run", "{clip}", "--retention", "0.5", "--merge-ratio", "0.5"),
+            "--retention and --merge-ratio exclude each other; drop one",
+        ),
+        (
+            ("run", "{clip}", "--retention", "0.5", "--token-budget", "9"),
+            "--retention and --token-budget exclude each other; drop one",
+        ),
+        (
+            ("run", "{clip}", "--method", "visionzip", "--prune-ratio", "0", "--prune-layer", "2"),
+            "--prune-ratio, --prune-layer: settings of dycoke, and visionzip has none of them",
+        ),
+        (("run", "{clip}", "--method", "full", "--retention", "0.5"), "keeps everything; drop it"),
+        (("run", "{clip}", "--no-compress", "--retention", "0.5"), "keeps everything; drop it"),
+        (("run", "{clip}", "--no-compress", "--method", "fastv"), "exclude each other; drop one"),
+        (("run", "{clip}", "--method", "full", "--compare"), "name another --method"),
+        (("run", "{clip}", "--ratio", "0.5"), "--ratio is now --retention, the share of the"),
+        (("eval", "--json", "/no/such/folder/x.json"), "there is no such folder"),
         (("run",), "video"),
         (("fly",), "fly"),
     ],
@@ -280,10 +331,11 @@ def test_a_fault_of_ours_is_not_hidden(monkeypatch: Any, clip: Path) -> None:
         cli.main()
 
 
-def test_the_model_is_loaded_only_when_needed() -> None:
+@pytest.mark.parametrize("word", ["flops", "--help", "--version"])
+def test_the_model_is_loaded_only_when_needed(word: str) -> None:
     """Help and tables must not wait for torch."""
     code = (
-        "import sys; sys.argv = ['dycoke', 'flops']\n"
+        f"import sys; sys.argv = ['dycoke', {word!r}]\n"
         "from dycoke import cli\n"
         "try: cli.main()\n"
         "except SystemExit: pass\n"
@@ -337,6 +389,17 @@ def test_eval_counts_and_writes_json(run: Any, tmp_path: Path) -> None:
     assert [r["name"] for r in content["results"]] == ["full", "once K=0.5 P=0.7 L=3"]
     assert content["results"][1]["settings"]["refresh_threshold"] == 0
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_eval_gives_one_result_per_setting_that_begins_so(run: Any, tmp_path: Path) -> None:
+    file = tmp_path / "scores.json"
+    code, _, err = run("eval", "--stories", 1, "--seed", 7, "--settings", "full,dycoke",
+                       "--merge-ratio", 0.7, "--json", file)  # fmt: skip
+    assert code == 0, err
+    content = json.loads(file.read_text())
+    assert (content["stories"], content["seed"]) == (1, 7)
+    assert [r["name"] for r in content["results"]] == ["full", "dycoke K=0.7 P=0.7 L=3"]
+    assert [r["retention"] == 1 for r in content["results"]] == [True, False]
 
 
 def test_demo_draws_its_picture(run: Any, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ import tiny
 import torch
 from support import inputs_of
 
-from dycoke import DyCoke, UnsupportedError, lmms
+from dycoke import DyCoke, UnsupportedError
 from dycoke.assistant import Assistant
+from dycoke.evaluate import lmms
 from dycoke.evaluate.lmms.account import Account, compress
 from dycoke.evaluate.lmms.prompts import generation, video_and_question
 from dycoke.evaluate.lmms.settings import argument_names, settings_of
@@ -57,20 +58,28 @@ def test_settings_go_to_the_method_and_the_rest_to_the_model() -> None:
     given = {"method": "dycoke", "merge_ratio": 0.5, "prune_layer": 2, "pretrained": "x"}
     settings = settings_of(given)
     assert settings.compressor == DyCoke(merge_ratio=0.5, prune_layer=2)
-    assert (settings.base, settings.frames, settings.rest) == (None, None, {"pretrained": "x"})
+    assert (settings.base, settings.frame_source, settings.rest) == (
+        None,
+        None,
+        {"pretrained": "x"},
+    )
     assert given["prune_layer"] == 2  # the caller's own stays as it is
-    settings = settings_of({"method": "full", "base": "qwen2_5_vl", "frames": "images"})
-    assert (settings.compressor, settings.base, settings.frames) == (None, "qwen2_5_vl", "images")
+    settings = settings_of({"method": "full", "base": "qwen2_5_vl", "frame_source": "images"})
+    assert (settings.compressor, settings.base, settings.frame_source) == (
+        None,
+        "qwen2_5_vl",
+        "images",
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_by_its_name(name: str) -> None:
     assert settings_of({"method": name}).compressor == create(name)
-    assert settings_of({"method": name, "ratio": 0.3}).compressor == create(name, retention=0.7)
+    assert settings_of({"method": name, "retention": 0.7}).compressor == create(name, retention=0.7)
 
 
 def test_own_settings_keep_what_the_name_stands_for() -> None:
-    once = settings_of({"method": "once", "ratio": 0.3, "prune_ratio": 0.2}).compressor
+    once = settings_of({"method": "once", "retention": 0.7, "prune_ratio": 0.2}).compressor
     assert once == DyCoke(token_budget=0.7, prune_ratio=0.2, refresh_threshold=0)
 
 
@@ -80,7 +89,10 @@ def test_own_settings_keep_what_the_name_stands_for() -> None:
         ({}, "method= is missing"),
         ({"method": "x"}, "unknown method 'x'"),
         ({"method": "dycoke", "merge_ratio": 2}, r"merge_ratio must be in \[0, 1\)"),
-        ({"method": "dycoke", "frames": "images"}, "max_frames_num"),
+        ({"method": "dycoke", "frame_source": "images"}, "max_frames_num"),
+        ({"method": "dycoke", "frames": 8}, "frames= is now frame_source=.*max_frames_num="),
+        ({"method": "fastv", "ratio": 0.5}, "ratio= is now retention=, .* 1 - ratio"),
+        ({"method": "fastv", "retention": 25}, r"in \(0, 1\], got 25; did you mean 0.25\?"),
     ],
 )
 def test_bad_settings_are_named(given: dict[str, Any], message: str) -> None:

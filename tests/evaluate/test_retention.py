@@ -76,7 +76,8 @@ def test_one_shot_methods_are_asked_once() -> None:
         (["visionzip+random"], [0.5], "'random' has no dynamic cache; dycoke, once, always"),
         (["full+dycoke"], [0.5], "nothing is composed with the full model"),
         (["fastv+dycoke"], [0.5], "inside the LLM"),
-        (["dycoke"], [1.5], r"retentions must be in \(0, 1\), got 1.5"),
+        (["dycoke"], [50], r"retention must be in \(0, 1\], got 50; did you mean 0.5\?"),
+        (["dycoke"], [0], r"retention must be in \(0, 1\], got 0"),
     ],
 )
 def test_bad_names_and_shares(names: list[str], asked: list[float], message: str) -> None:
@@ -86,7 +87,7 @@ def test_bad_names_and_shares(names: list[str], asked: list[float], message: str
 
 def test_every_method_answers_and_is_counted(assistant: Assistant, monkeypatch: Any) -> None:
     """From features that were encoded once."""
-    monkeypatch.setattr(storyqa, "LONGEST", {"ask": 3, "describe": 6})
+    monkeypatch.setattr(storyqa, "ANSWER_TOKENS", {"ask": 3, "describe": 6})
     points = retention.points([*retention.USUAL, "visionzip+dycoke"], [0.25])
     lines = [point.setting for point in points]
     calls: list[int] = []
@@ -107,7 +108,7 @@ def test_every_method_answers_and_is_counted(assistant: Assistant, monkeypatch: 
     assert not task._takes_features or sum(calls) == 4
     told = [stories.make("seen", seed) for seed in (30, 31)]
     prompts = sum(len(stories.questions(story)) + 1 for story in told)
-    for row, point in zip(retention.results(points, scores), points, strict=True):
+    for row, point in zip(retention.point_results(points, scores), points, strict=True):
         mine = scores[point.setting.name]
         assert mine.visual == prompts * VISUAL
         if point.method in ("full", "holitom"):
@@ -141,9 +142,13 @@ def made() -> tuple[list[retention.Point], dict[str, storyqa.Scores]]:
 
 def test_claims_follow_the_intervals() -> None:
     points, scores = made()
-    rows = retention.results(points, scores)
+    rows = retention.point_results(points, scores)
     zipped, random, kept = (
-        next(r for r in rows if r["method"] == m and r["asked"] == 0.1 and "kept" in r["bases"])
+        next(
+            r
+            for r in rows
+            if r["method"] == m and r["target_retention"] == 0.1 and "kept" in r["bases"]
+        )
         for m in ("visionzip", "random", "dycoke")
     )
     for basis in retention.BASES:
@@ -155,21 +160,21 @@ def test_claims_follow_the_intervals() -> None:
     assert zipped["reached"] and not random["reached"]
     other = next(
         r
-        for r in retention.results(points, scores, "visionzip")
-        if r["method"] == "dycoke" and r["asked"] == 0.1 and r["bases"] == ["kept"]
+        for r in retention.point_results(points, scores, "visionzip")
+        if r["method"] == "dycoke" and r["target_retention"] == 0.1 and r["bases"] == ["kept"]
     )
     assert other["ask"]["to_rival"]["kept"][0] == pytest.approx(-0.375)
     # The same answers: nothing may be claimed.
     for name in scores:
         scores[name].ask = [(2, 4)] * 40
-    even = retention.results(points, scores)
+    even = retention.point_results(points, scores)
     assert all(curves.verdict(row, "ask", "kept") == " " for row in even)
 
 
 def test_the_picture_has_a_line_per_method() -> None:
     points, scores = made()
-    panels = curves.picture(retention.results(points, scores), "a title").axes
-    titles = [f"{t}, at equal {b} tokens" for t in retention.TASKS for b in retention.BASES]
+    panels = curves.picture(retention.point_results(points, scores), "a title").axes
+    titles = [f"{t}, at equal {b} tokens" for t in storyqa.TASKS for b in retention.BASES]
     assert [panel.get_title() for panel in panels] == titles
     for panel in panels:
         lines = {line.get_label(): line for line in panel.lines}
@@ -181,9 +186,9 @@ def test_the_picture_has_a_line_per_method() -> None:
 
 
 def test_the_command(run: Any, folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(storyqa, "LONGEST", {"ask": 3, "describe": 6})
+    monkeypatch.setattr(storyqa, "ANSWER_TOKENS", {"ask": 3, "describe": 6})
     file, picture = tmp_path / "r.json", tmp_path / "r.png"
-    code, out, err = run("eval", "--retentions", "50,10", "--methods", "dycoke,vidcom2",
+    code, out, err = run("eval", "--retentions", "0.5,0.1", "--methods", "dycoke,vidcom2",
                          "--stories", 2, "--model", folder, "--json", file,
                          "--picture", picture)  # fmt: skip
     assert code == 0, err
@@ -199,15 +204,27 @@ def test_the_command(run: Any, folder: Path, tmp_path: Path, monkeypatch: Any) -
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--retentions", "half"), "--retentions must be percentages, 50,25,10, got 'half'"),
-        (("--retentions", "120"), "retentions must be in (0, 1), got 1.2"),
-        (("--retentions", "50", "--methods", "x"), "unknown method 'x'"),
-        (("--retentions", "50", "--settings", "full"), "--settings chooses among the standard"),
         (
-            ("--retentions", "50", "--methods", "dycoke", "--against", "once"),
+            ("--retentions", "half"),
+            "--retentions must be shares in (0, 1], such as 0.5,0.25, got 'half'",
+        ),
+        (("--retentions", "120"), "--retentions must be shares in (0, 1], got 120"),
+        (("--retentions", "50,25"), "must be shares in (0, 1], got 50,25; did you mean 0.5,0.25?"),
+        (("--retentions", "0.5,0"), "--retentions must be shares in (0, 1], got 0.5,0"),
+        (("--retentions", ","), "--retentions must be shares in (0, 1], such as 0.5,0.25, got ','"),
+        (("--retentions", "0.5", "--methods", "x"), "unknown method 'x'"),
+        (
+            ("--retentions", "0.5", "--settings", "full", "--prune-layer", "2"),
+            "--settings, --prune-layer: only for the standard settings; with --retentions say",
+        ),
+        (
+            ("--retentions", "0.5", "--methods", "dycoke", "--against", "once"),
             "--against once: it is none of the methods dycoke",
         ),
-        (("--methods", "dycoke"), "--methods and --picture go with --retentions"),
+        (
+            ("--methods", "dycoke", "--against", "once"),
+            "--methods, --against: only with --retentions, such as 0.5,0.25",
+        ),
     ],
 )
 def test_bad_input_is_one_line(run: Any, args: tuple[str, ...], message: str) -> None:

@@ -57,9 +57,8 @@ def peak_rss() -> int | None:
 def main() -> None:
     task = json.load(sys.stdin)
     plan = Plan.from_dict(task["plan"])
-    Bench(plan).once(
-        task["path"], methods.create(task["method"], retention=plan.retention), plan.new_tokens
-    )
+    compressor = methods.create(task["method"], retention=plan.retention)
+    Bench(plan).once(task["path"], compressor, plan.new_tokens)
     json.dump(peak_rss(), sys.stdout)
 
 

@@ -33,7 +33,7 @@ class Plan:
     new_tokens : tokens to generate, never fewer.
     repeat : measured turns; a turn runs every method once.
     batch : copies of the prompt in one batch.
-    ratio : share of the visual tokens to remove; None for each method's own default.
+    retention : share of the visual tokens that stays, in (0, 1]; None for each method's default.
     device : such as "cuda:1"; None for the best there is.
     attention : such as "flash_attention_2"; None for transformers' choice.
 
@@ -51,7 +51,7 @@ class Plan:
     new_tokens: int = 64
     repeat: int = 3
     batch: int = 1
-    ratio: float | None = None
+    retention: float | None = None
     device: str | None = None
     attention: str | None = None
     stream: int | None = None
@@ -69,12 +69,7 @@ class Plan:
             raise ValueError(f"unknown device {self.device!r}; there are {', '.join(known)}")
 
     @property
-    def retention(self) -> float | None:
-        """Share of the visual tokens to keep."""
-        return None if self.ratio is None else round(1 - self.ratio, 12)
-
-    @property
-    def place(self) -> str:
+    def chosen_device(self) -> str:
         return self.device or best_device()
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,7 +90,7 @@ def devices() -> list[str]:
 
 
 @contextmanager
-def clip(plan: Plan) -> Iterator[str]:
+def video_file(plan: Plan) -> Iterator[str]:
     """The plan's video as a file: its own, or a story rendered for as long as this lasts."""
     if plan.video is not None:
         yield plan.video

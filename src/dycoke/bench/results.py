@@ -21,8 +21,8 @@ from dycoke.bench.speed import Bench, Sample
 from dycoke.costs import Shape, counted
 from dycoke.timing import Timings
 
-STAGES = tuple(field.name for field in fields(Timings))
-SIZES = ("llm_s", "kv_bytes", "peak_bytes", "flops")
+TIMED_STAGES = tuple(field.name for field in fields(Timings))
+TOTALS = ("llm_s", "kv_bytes", "peak_bytes", "flops")
 
 
 def measure(
@@ -40,7 +40,7 @@ def measure(
     bench = Bench(plan)
     samples = bench.measure(path, on_run)
     head = heading(bench, samples[plan.methods[0]][-1], command)
-    rows = results(bench, samples)
+    rows = method_results(bench, samples)
     on_cpu = bench.model.device.type == "cpu"
     del bench  # its weights should not crowd out the processes that come now
     if peaks and on_cpu:
@@ -52,7 +52,7 @@ def measure(
     return head, rows
 
 
-def results(bench: Bench, samples: Mapping[str, list[Sample]]) -> list[dict[str, Any]]:
+def method_results(bench: Bench, samples: Mapping[str, list[Sample]]) -> list[dict[str, Any]]:
     """One dictionary per method, ready for JSON; `compare` adds the ratios.
 
     ``stages`` holds medians in seconds, ``stages_min`` and ``stages_max`` their range, ``llm_s``
@@ -69,7 +69,7 @@ def results(bench: Bench, samples: Mapping[str, list[Sample]]) -> list[dict[str,
             ("stages_min", min),
             ("stages_max", max),
         ):
-            row[key] = {stage: round(take([t[stage] for t in times]), 6) for stage in STAGES}
+            row[key] = {stage: round(take([t[stage] for t in times]), 6) for stage in TIMED_STAGES}
         llm = [t["total_s"] - t["video_s"] - t["vision_s"] for t in times]
         row["llm_s"] = round(statistics.median(llm), 6)
         row["kv_bytes"] = runs[-1].kv_bytes
@@ -110,7 +110,7 @@ def compare(table: list[dict[str, Any]]) -> None:
         if full is None:
             row["vs_full"] = None
             continue
-        mine, whole = ({**r["stages"], **{k: r[k] for k in SIZES}} for r in (row, full))
+        mine, whole = ({**r["stages"], **{k: r[k] for k in TOTALS}} for r in (row, full))
         row["vs_full"] = {
             key: round(whole[key] / mine[key], 3) if mine[key] and whole[key] else None
             for key in mine
@@ -139,7 +139,7 @@ def heading(bench: Bench, sample: Sample, command: str) -> dict[str, Any]:
         "new_tokens": plan.new_tokens,
         "batch": plan.batch,
         "repeat": plan.repeat,
-        "ratio": plan.ratio,
+        "retention": plan.retention,
         "prompt_tokens": sample.prompt_tokens,
         "visual_tokens": sample.visual_tokens,
         "video": plan.video or "a story rendered by dycoke.nano.stories",

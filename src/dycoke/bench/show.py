@@ -25,7 +25,7 @@ MIB = 2**20
 # The picture, in pixels.
 WIDTH, BAR, GAP, MARGIN, FIGURES = 960, 26, 12, 16, 150
 INK, PAPER = (30, 30, 30), (255, 255, 255)
-COLOURS = {
+STAGE_COLOURS = {
     "video": (170, 170, 170),
     "vision encoder": (86, 180, 233),
     "compression": (213, 94, 0),
@@ -50,7 +50,7 @@ def title(head: dict[str, Any]) -> list[str]:
     return parts
 
 
-def tables(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[Table]:
+def speed_tables(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[Table]:
     """Times and sizes, both narrow enough for 80 columns."""
     times = Table(
         title="\n".join([*title(head), "seconds, medians"]), box=SIMPLE_HEAD, padding=(0, 0, 0, 1)
@@ -126,7 +126,7 @@ def bars(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Image.Image:
     for i, line in enumerate(lines):
         pen.text((MARGIN, MARGIN + 18 * i), line, INK, font)
     x = start
-    for name, colour in COLOURS.items():
+    for name, colour in STAGE_COLOURS.items():
         pen.rectangle((x, top - 24, x + 12, top - 12), fill=colour)
         pen.text((x + 18, top - 26), name, INK, font)
         x += 130
@@ -139,7 +139,7 @@ def bars(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Image.Image:
             left, seconds = start + seconds * scale, seconds + length
             right = start + seconds * scale
             if right > left:
-                pen.rectangle((left, y, right, y + BAR), fill=COLOURS[name])
+                pen.rectangle((left, y, right, y + BAR), fill=STAGE_COLOURS[name])
         low, high = (start + row[k]["total_s"] * scale for k in ("stages_min", "stages_max"))
         pen.line((low, y + BAR // 2, high, y + BAR // 2), fill=INK, width=2)
         for end in (low, high):

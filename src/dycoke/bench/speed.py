@@ -68,10 +68,10 @@ class Bench:
         try:
             if plan.arch is not None:
                 arch = plan.arch
-                self.model = arch.build(plan.place, plan.attention)
+                self.model = arch.build(plan.chosen_device, plan.attention)
                 self.prepare = lambda video: arch.inputs(self.model, video.frames)
             else:
-                assistant = Assistant.load(plan.model, plan.place, attention=plan.attention)
+                assistant = Assistant.load(plan.model, plan.chosen_device, attention=plan.attention)
                 self.model = assistant.model
                 self.prepare = lambda video: assistant.prepare(video, QUESTION)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -142,8 +142,8 @@ class Bench:
                     samples[name].append(self.once(path, compressor, plan.new_tokens))
         except torch.OutOfMemoryError:
             raise BenchError(
-                f"{plan.place} has too little memory for {name}; take fewer frames, a smaller "
-                "batch, or fewer layers"
+                f"{plan.chosen_device} has too little memory for {name}; take fewer "
+                "frames, a smaller batch, or fewer layers"
             ) from None
         return samples
 

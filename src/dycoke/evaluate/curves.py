@@ -8,28 +8,29 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from dycoke.evaluate.retention import BASES, TASKS
+from dycoke.evaluate.retention import BASES
+from dycoke.evaluate.storyqa import TASKS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Row = dict[str, Any]
+Result = dict[str, Any]
 
 
-def _of(rows: Sequence[Row], basis: str) -> dict[str, dict[float, Row]]:
+def _of(rows: Sequence[Result], basis: str) -> dict[str, dict[float, Result]]:
     """Method -> share -> its row, for one basis; without the full model."""
-    table: dict[str, dict[float, Row]] = {}
+    table: dict[str, dict[float, Result]] = {}
     for row in rows:
         if basis in row["bases"] and row["method"] != "full":
-            table.setdefault(row["method"], {})[row["asked"]] = row
+            table.setdefault(row["method"], {})[row["target_retention"]] = row
     return table
 
 
-def _percent(row: Row, task: str) -> float:
+def _percent(row: Result, task: str) -> float:
     return 100 * float(row[task]["correct"]) / float(row[task]["n"])
 
 
-def verdict(row: Row, task: str, basis: str) -> str:
+def verdict(row: Result, task: str, basis: str) -> str:
     """How a method compares with its rival at the same share: "+", "-", or " " for neither.
 
     Only what the interval of the paired difference allows is claimed.
@@ -41,7 +42,7 @@ def verdict(row: Row, task: str, basis: str) -> str:
     return "+" if low > 0 else "-" if high < 0 else " "
 
 
-def tables(rows: Sequence[Row], title: str) -> list[Table]:
+def accuracy_tables(rows: Sequence[Result], title: str) -> list[Table]:
     """A table per task and basis: methods down, shares across."""
     full = next((row for row in rows if row["method"] == "full"), None)
     made = []
@@ -53,7 +54,7 @@ def tables(rows: Sequence[Row], title: str) -> list[Table]:
             if full is not None:
                 head += f"; full {_percent(full, task):.1f}"
             table = Table(title=f"{title}\n{head}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-            table.add_column("method", no_wrap=True)
+            table.add_column("method \\ retention", no_wrap=True)
             for share in shares:
                 table.add_column(f"{share:.4g}", justify="right", no_wrap=True)
             for method, by in shown.items():
@@ -63,7 +64,7 @@ def tables(rows: Sequence[Row], title: str) -> list[Table]:
     return made
 
 
-def _cell(row: Row, task: str, basis: str) -> str:
+def _cell(row: Result, task: str, basis: str) -> str:
     mark = "" if row["reached"] else f" (at {row['retention']:.3g})"
     return f"{_percent(row, task):.1f}{mark} {verdict(row, task, basis)}"
 
@@ -74,7 +75,7 @@ LEGEND = (
 )
 
 
-def picture(rows: Sequence[Row], title: str) -> Figure:
+def picture(rows: Sequence[Result], title: str) -> Figure:
     """Accuracy over retention: a panel per task and basis, a line per method.
 
     Shaded are 95 % Wilson intervals; an open mark is a share that the method could not reach.
@@ -95,7 +96,7 @@ def picture(rows: Sequence[Row], title: str) -> Figure:
                 place = names.index(method)
                 ours = method.endswith("dycoke")
                 shares = sorted(by)
-                x = [100 * by[s]["retention" if basis == "kept" else "asked"] for s in shares]
+                x = [by[s]["retention" if basis == "kept" else "target_retention"] for s in shares]
                 y = [_percent(by[s], task) for s in shares]
                 colour = "black" if method == "dycoke" else f"C{place % 10}"
                 panel.plot(
@@ -115,12 +116,12 @@ def picture(rows: Sequence[Row], title: str) -> Figure:
                 high = [100 * by[s][task]["high"] for s in shares]
                 panel.fill_between(x, low, high, color=colour, alpha=0.08, lw=0)
             panel.set_xscale("log")
-            ticks = sorted({100 * row["asked"] for row in rows if row["method"] != "full"})
+            ticks = sorted({row["target_retention"] for row in rows if row["method"] != "full"})
             panel.set_xticks(ticks, [f"{t:g}" for t in ticks])
             panel.minorticks_off()
             panel.grid(alpha=0.25)
             panel.set_title(f"{task}, at equal {basis} tokens", fontsize=11)
-            panel.set_xlabel(f"visual tokens {basis}, %")
+            panel.set_xlabel(f"retention: share of the visual tokens {basis}")
             panel.set_ylabel("% right")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=9)

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dycoke import methods
-from dycoke.evaluate.stats import Count, paired_difference, wilson
-from dycoke.evaluate.storyqa import Scores, Setting
+from dycoke.errors import check_retention
+from dycoke.evaluate.stats import Count, paired_difference
+from dycoke.evaluate.storyqa import TASKS, Scores, Setting, accuracy
 from dycoke.methods.dycoke import DyCoke
 from dycoke.nano.build import TOKENS_PER_FRAME
 
 RETENTIONS = (0.5, 0.25, 0.15, 0.1, 0.05)
 BASES = ("kept", "attended")
-TASKS = ("ask", "describe")
 USUAL = [name for name in methods.METHODS if name != "always"]
 # A share may be missed by a token per frame, by rounding.
 ROUNDING = 1 / TOKENS_PER_FRAME + 1e-9
@@ -32,7 +32,7 @@ class Point:
     Attributes
     ----------
     method : its name; ``"visionzip + dycoke"`` for one composed with a dynamic cache.
-    retention : the share asked for.
+    retention : the share that it should keep.
     bases : what the share is of, "kept" or "attended" tokens; both for a one-shot method.
     setting : what runs.
     """
@@ -49,7 +49,7 @@ def points(names: Sequence[str], retentions: Sequence[float] = RETENTIONS) -> li
     Parameters
     ----------
     names : of `dycoke.methods.create`; two joined by "+" are shown at equal kept tokens.
-    retentions : shares in (0, 1).
+    retentions : shares in (0, 1].
 
     Raises
     ------
@@ -57,8 +57,7 @@ def points(names: Sequence[str], retentions: Sequence[float] = RETENTIONS) -> li
         For unknown names and shares out of range.
     """
     for share in retentions:
-        if not 0 < share < 1:
-            raise ValueError(f"retentions must be in (0, 1), got {share!r}")
+        check_retention("retention", share)
     found = [Point("full", 1.0, BASES, Setting("full", "full", None))]
     for name in names:
         if name != "full":
@@ -90,14 +89,14 @@ def _point(name: str, share: float, bases: tuple[str, ...], compressor: Any) -> 
     return Point(name, share, bases, Setting(f"{name} {share:.4g}{of}", name, compressor))
 
 
-def results(
+def point_results(
     points: Sequence[Point], scores: dict[str, Scores], rival: str = "dycoke"
 ) -> list[dict[str, Any]]:
     """One dictionary per point, ready for JSON.
 
     ``to_full`` and, per basis, ``to_rival`` are paired differences with story-clustered bootstrap
     intervals, the latter to the method ``rival`` at the same share. ``reached`` is False where a
-    method cannot keep as few tokens as asked for.
+    method cannot keep as few tokens as ``target_retention`` says.
     """
     rivals = {
         (basis, point.retention): scores[point.setting.name]
@@ -112,7 +111,7 @@ def results(
         shares = {"kept": kept, "attended": attended}
         row: dict[str, Any] = {
             "method": point.method,
-            "asked": point.retention,
+            "target_retention": point.retention,
             "bases": list(point.bases),
             "settings": point.setting.settings,
             "retention": kept,
@@ -121,11 +120,7 @@ def results(
         }
         for task in TASKS:
             counts: list[Count] = getattr(mine, task)
-            correct, n = (sum(column) for column in zip(*counts, strict=True))
-            low, high = wilson(correct, n)
-            row[task] = {"n": n, "correct": correct, "low": low, "high": high}
-            if point.method != "full" and "full" in scores:
-                row[task]["to_full"] = paired_difference(counts, getattr(scores["full"], task))
+            row[task] = accuracy(mine, task, None if point.method == "full" else scores.get("full"))
             against = {
                 basis: paired_difference(counts, getattr(rivals[basis, point.retention], task))
                 for basis in point.bases

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dycoke.assistant import Assistant
-from dycoke.compat import cache_name, cache_of
+from dycoke.compat import cache_name, cache_of, chat_prompt
 from dycoke.compressor import Compressor
 from dycoke.evaluate.stats import Count, paired_difference, wilson
 from dycoke.methods.controls import FewerFrames, RandomTokens
@@ -30,8 +30,9 @@ from dycoke.nano.build import TOKENS_PER_FRAME
 VISUAL = stories.FRAMES * TOKENS_PER_FRAME  # tokens of a story; a newline follows
 CHUNK = 16  # stories whose videos are held at once
 BATCH = 32  # prompts at once: more does not pay on two cores
-NAMES = {"merge_ratio": "K", "token_budget": "B"}  # as lines of the table say it
-LONGEST = {"ask": 12, "describe": 64}  # tokens of an answer
+SETTING_NAMES = {"merge_ratio": "K", "token_budget": "B"}  # as lines of the table say it
+ANSWER_TOKENS = {"ask": 12, "describe": 64}
+TASKS = tuple(ANSWER_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,16 @@ class Setting:
         return {} if self.compressor is None else self.compressor.to_dict()
 
 
-SIZES = tuple({"merge_ratio": ratio} for ratio in (0.3, 0.5, 0.7))
+DEFAULT_SIZES = tuple({"merge_ratio": ratio} for ratio in (0.3, 0.5, 0.7))
 
 
 def standard_settings(
-    sizes: Sequence[dict[str, Any]] = SIZES, prune_ratio: float = 0.7, prune_layer: int = 3
+    sizes: Sequence[dict[str, Any]] = DEFAULT_SIZES, prune_ratio: float = 0.7, prune_layer: int = 3
 ) -> list[Setting]:
     """Full, DyCoke at some merge ratios or token budgets, and the controls at the last of them."""
 
     def line(method: str, make: type[DyCoke], size: dict[str, Any], **more: Any) -> Setting:
-        what = " ".join(f"{NAMES[key]}={value}" for key, value in size.items())
+        what = " ".join(f"{SETTING_NAMES[key]}={value}" for key, value in size.items())
         compressor = make(**size, prune_ratio=prune_ratio, prune_layer=prune_layer, **more)
         return Setting(f"{method} {what} P={prune_ratio} L={prune_layer}", method, compressor)
 
@@ -81,7 +82,7 @@ class Scores:
     active: int = 0
 
     def count(
-        self, row: Row, text: str, story: stories.Story, tokens: tuple[int, float, int]
+        self, row: StoryPrompt, text: str, story: stories.Story, tokens: tuple[int, float, int]
     ) -> None:
         """Take in one answer, and its visual, kept (a mean over layers) and active tokens."""
         if row.task == "ask":
@@ -102,7 +103,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Row:
+class StoryPrompt:
     """One prompt of one story, with its truth."""
 
     story: int  # place in the chunk
@@ -160,7 +161,7 @@ class StoryQA:
                     texts = self._generate(ids, rows[0].task, **videos)
                 else:
                     texts = self._answer(watched, places, ids, rows[0].task)
-                if run is None or run.report is None:
+                if run is None or run.report is None or not run.report.engaged:
                     counts: list[tuple[int, float, int]] = [(VISUAL, VISUAL, VISUAL)] * len(rows)
                 else:
                     counts = [
@@ -171,11 +172,11 @@ class StoryQA:
                     scores.count(row, text, told[row.story], count)
         return scores
 
-    def _batches(self, told: Sequence[stories.Story]) -> Iterator[tuple[list[Row], Tensor]]:
+    def _batches(self, told: Sequence[stories.Story]) -> Iterator[tuple[list[StoryPrompt], Tensor]]:
         """Prompts about the stories, those of one task and one length together: no padding."""
-        for task in LONGEST:
-            rows = [row for i, story in enumerate(told) for row in _rows(i, story, task)]
-            prompts: dict[int, list[tuple[Row, list[int]]]] = {}
+        for task in ANSWER_TOKENS:
+            rows = [row for i, story in enumerate(told) for row in _prompts_about(i, story, task)]
+            prompts: dict[int, list[tuple[StoryPrompt, list[int]]]] = {}
             for row, ids in zip(rows, self._ids([row.question for row in rows]), strict=True):
                 prompts.setdefault(len(ids), []).append((row, ids))
             for alike in prompts.values():
@@ -235,7 +236,7 @@ class StoryQA:
         output = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=LONGEST[task],
+            max_new_tokens=ANSWER_TOKENS[task],
             do_sample=False,
             **more,
         )
@@ -247,24 +248,22 @@ class StoryQA:
     def _ids(self, questions: Sequence[str]) -> list[list[int]]:
         """Prompts about one story each, as the processor makes them."""
         processor = self.processor
-        texts = []
-        for question in questions:
-            content = [{"type": "video"}, {"type": "text", "text": question}]
-            text = processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-            )
-            texts.append(text.replace(processor.video_token, processor.video_token * (VISUAL + 1)))
+        mark = processor.video_token
+        texts = [
+            chat_prompt(processor, question).replace(mark, mark * (VISUAL + 1))
+            for question in questions
+        ]
         ids: list[list[int]] = processor.tokenizer(texts)["input_ids"]
         return ids
 
 
-def _rows(place: int, story: stories.Story, task: str) -> list[Row]:
+def _prompts_about(place: int, story: stories.Story, task: str) -> list[StoryPrompt]:
     if task == "describe":
-        return [Row(place, task, stories.DESCRIBE[0], stories.describe(story))]
-    return [Row(place, task, q, truth) for q, truth in stories.questions(story)]
+        return [StoryPrompt(place, task, stories.DESCRIBE[0], stories.describe(story))]
+    return [StoryPrompt(place, task, q, truth) for q, truth in stories.questions(story)]
 
 
-class Progress:
+class SavedScores:
     """Counts per story of every setting, kept in a file so that a stopped evaluation goes on."""
 
     def __init__(self, path: Path | None, key: dict[str, Any]) -> None:
@@ -274,7 +273,7 @@ class Progress:
             saved = json.loads(path.read_text())
             if saved["key"] == key:
                 for name, columns in saved["scores"].items():
-                    for task in ("ask", "describe"):
+                    for task in TASKS:
                         columns[task] = [tuple(count) for count in columns[task]]
                     self.scores[name] = Scores(**columns)
 
@@ -310,7 +309,7 @@ def evaluate(
     workers : processes of one thread each, which pays for small models on a CPU; 1 stays here.
     """
     key = {"split": split, "seed": seed, "stories": count, "model": model}
-    progress = Progress(keep, key)
+    progress = SavedScores(keep, key)
     tell = on_chunk or (lambda *_: None)
     jobs = []
     for line in lines:
@@ -377,7 +376,18 @@ def _scores(task: StoryQA, job: Job) -> Scores:
     return scores
 
 
-def results(lines: Sequence[Setting], scores: dict[str, Scores]) -> list[dict[str, Any]]:
+def accuracy(mine: Scores, task: str, full: Scores | None) -> dict[str, Any]:
+    """Right answers of a task, their Wilson interval, and the paired difference to ``full``."""
+    counts: list[Count] = getattr(mine, task)
+    correct, n = (sum(column) for column in zip(*counts, strict=True))
+    low, high = wilson(correct, n)
+    found: dict[str, Any] = {"n": n, "correct": correct, "low": low, "high": high}
+    if full is not None:
+        found["to_full"] = paired_difference(counts, getattr(full, task))
+    return found
+
+
+def setting_results(lines: Sequence[Setting], scores: dict[str, Scores]) -> list[dict[str, Any]]:
     """One dictionary per setting, ready for JSON; differences to "full" where that was run."""
     full = scores.get("full")
     table = []
@@ -390,12 +400,7 @@ def results(lines: Sequence[Setting], scores: dict[str, Scores]) -> list[dict[st
             "retention": mine.kept / mine.visual,
             "final_retention": mine.active / mine.visual,
         }
-        for task in ("ask", "describe"):
-            counts = getattr(mine, task)
-            correct, n = (sum(column) for column in zip(*counts, strict=True))
-            low, high = wilson(correct, n)
-            row[task] = {"n": n, "correct": correct, "low": low, "high": high}
-            if full is not None and line.compressor is not None:
-                row[task]["to_full"] = paired_difference(counts, getattr(full, task))
+        for task in TASKS:
+            row[task] = accuracy(mine, task, None if line.compressor is None else full)
         table.append(row)
     return table

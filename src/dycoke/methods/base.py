@@ -13,7 +13,7 @@ from torch import Tensor
 from dycoke.compressor import Compressor
 from dycoke.core.method import NO_CONTEXT, VideoContext
 from dycoke.core.selection import top_mask
-from dycoke.errors import check_one_of, check_ratio, check_share
+from dycoke.errors import check_one_of, check_ratio, check_retention
 from dycoke.merging import check_features, retained_count
 
 
@@ -38,7 +38,9 @@ class OneShot(Compressor):
 
     @classmethod
     def at_retention(cls, retention: float, **settings: Any) -> Self:
-        removed = round(1 - check_share("retention", retention), 12)  # .9, not .8999999999999999
+        removed = round(
+            1 - check_retention("retention", retention), 12
+        )  # .9, not .8999999999999999
         return cls(ratio=removed, **settings)
 
     @property

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dycoke.core.method import NO_CONTEXT, VideoContext
 from dycoke.methods.dycoke import DyCoke
+from dycoke.video import sample_indices
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,6 @@ class FewerFrames(DyCoke):
         keep = self.keep_mask(features, context)
         frames, tokens = keep.shape
         count = max(1, int(keep.sum()) // tokens)
-        # The first and the last frame are among them; one frame is the middle one.
-        places = (
-            [frames // 2]
-            if count == 1
-            else [place * (frames - 1) // (count - 1) for place in range(count)]
-        )
         keep = torch.zeros_like(keep)
-        keep[places] = True
+        keep[sample_indices(frames, count)] = True
         return features, keep

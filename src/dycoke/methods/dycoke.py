@@ -23,7 +23,7 @@ from dycoke.errors import (
     check_count,
     check_one_of,
     check_ratio,
-    check_share,
+    check_retention,
 )
 from dycoke.merging import budget_mask, merge_mask, merge_mean, video_budget
 from dycoke.methods.base import check_positions, check_settings
@@ -87,7 +87,7 @@ class DyCoke(Compressor):
 
     @classmethod
     def at_retention(cls, retention: float, **settings: Any) -> Self:
-        return cls(token_budget=check_share("retention", retention), **settings)
+        return cls(token_budget=check_retention("retention", retention), **settings)
 
     @property
     def idle(self) -> bool:

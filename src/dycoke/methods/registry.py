@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dycoke.compressor import Compressor
-from dycoke.errors import check_share
+from dycoke.errors import check_retention
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Entry:
     def make(self, retention: float | None = None) -> Compressor | None:
         """The method in its default setting, or where it keeps a share of the visual tokens."""
         if retention is not None:
-            retention = check_share("retention", retention)
+            retention = check_retention("retention", retention)
         if self.kind is None:
             return None
         if retention is None:

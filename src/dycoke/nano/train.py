@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, LlavaOnevisionForConditionalGeneration
 
+from dycoke.compat import chat_prompt
 from dycoke.nano import stories
 from dycoke.nano.build import PATCH, SIDE, TOKENS_PER_FRAME, build_model, build_processor, save
 
@@ -496,7 +497,7 @@ def evaluate(
     asks = 0
     for first in range(0, len(prompts), rows):
         part = prompts[first : first + rows]
-        texts = [_chat(processor, question) for _, question, _ in part]
+        texts = [chat_prompt(processor, question) for _, question, _ in part]
         count = part[0][0].frames * TOKENS_PER_FRAME + 1
         texts = [text.replace("<video>", "<video>" * count) for text in texts]
         tokens = processor.tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
@@ -529,14 +530,6 @@ def evaluate(
         "asked": asks,
         "told": events,
     }
-
-
-def _chat(processor: Any, question: str) -> str:
-    content = [{"type": "video"}, {"type": "text", "text": question}]
-    text: str = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True
-    )
-    return text
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A file or a folder of pictures -> sampled frames; every bad input is one clear line."""
+"""A file -> sampled frames; every bad input is one clear line."""
 
 from dycoke.video.opening import VideoError
 from dycoke.video.reading import MAX_PIXELS, Video, read, sample_indices

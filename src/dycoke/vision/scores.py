@@ -13,6 +13,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import isqrt
 from typing import Any
 
@@ -78,6 +79,11 @@ class Vision:
     family : its family; None where the user's own layout finds the videos.
     kinds : what may hold frames, of "video" and "image".
 
+    Attributes
+    ----------
+    timed : entered around what the method costs beside the encoder's own work: taking scores and
+        keys of its attention, and pooling them to tokens. Does nothing unless replaced.
+
     Raises
     ------
     UnsupportedError
@@ -88,6 +94,7 @@ class Vision:
         self.model, self.base = model, model.base_model
         self.family, self.kinds = family, kinds
         self.module = _attention(self.base, family)
+        self.timed: Callable[[], AbstractContextManager[None]] = nullcontext
         self._local = _Local()
         # An override is no help to a second thread while it calls on to the first one's function.
         self._turn = threading.RLock()
@@ -137,10 +144,9 @@ class Vision:
     def _attend(self, inner: Any, module: nn.Module, args: list[Any], kwargs: Any) -> Any:
         output = inner(module, *args, **kwargs)
         if self._local.call is not None:
-            self.note(args, kwargs)
+            with self.timed():
+                self.note(args, kwargs)
         return output
-
-    # `timing.Stopwatch` times these two, which the model alone would not do.
 
     def note(self, args: list[Any], kwargs: dict[str, Any]) -> None:
         """Take in a call of the attention module."""
@@ -176,7 +182,8 @@ class Vision:
                 finally:
                     local.call = None
             if call.scores and hasattr(output, "pooler_output"):
-                output.vision = self.pool(call, kind, inputs, output)
+                with self.timed():
+                    output.vision = self.pool(call, kind, inputs, output)
                 if local.found is not None:
                     local.found[kind] += output.vision
             return output

@@ -94,13 +94,13 @@ class Account:
             )
 
 
-def compress(lm: Any, account: Account, frames: str | None = None) -> None:
+def compress(lm: Any, account: Account, frame_source: str | None = None) -> None:
     """Compress what an lmms-eval model generates, from now on.
 
     Parameters
     ----------
     lm : an instance; its ``model`` (or ``_model``) is a transformers model.
-    frames : as in `Compressor.__call__`.
+    frame_source : as in `Compressor.__call__`.
 
     Raises
     ------
@@ -113,7 +113,7 @@ def compress(lm: Any, account: Account, frames: str | None = None) -> None:
             f"{type(lm).__name__} runs no transformers model in this process; name a base that "
             "does, such as qwen2_5_vl, or none"
         )
-    run = apply(model, account.compressor, frame_source=frames)
+    run = apply(model, account.compressor, frame_source=frame_source)
     inner = model.generate
 
     @functools.wraps(inner)

@@ -55,7 +55,7 @@ class Dycoke(lmms):
         lm = base(**settings.rest)
         if settings.compressor is not None:
             try:
-                compress(lm, _account(settings), settings.frames)
+                compress(lm, _account(settings), settings.frame_source)
             except UnsupportedError as error:
                 raise UnsupportedError(f"base={settings.base}: {error}") from None
         return lm

@@ -7,7 +7,7 @@ from typing import Any
 
 from dycoke.errors import UnsupportedError
 
-LONGEST = 1024  # tokens, where a task does not say; as lmms-eval's LLaVA models
+DEFAULT_NEW_TOKENS = 1024  # tokens, where a task does not say; as lmms-eval's LLaVA models
 
 
 def video_and_question(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
@@ -52,7 +52,7 @@ def generation(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Like lmms-eval's LLaVA models this takes no ``until``: an answer ends where the model ends it.
     """
-    chosen: dict[str, Any] = {"max_new_tokens": settings.get("max_new_tokens", LONGEST)}
+    chosen: dict[str, Any] = {"max_new_tokens": settings.get("max_new_tokens", DEFAULT_NEW_TOKENS)}
     if settings.get("num_beams", 1) != 1:
         chosen["num_beams"] = settings["num_beams"]
     if settings.get("temperature", 0) > 0:

@@ -8,8 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from dycoke.compressor import Compressor
-from dycoke.errors import check_ratio
 from dycoke.methods import create
+
+# Settings that were renamed: the new name, and what to know of it.
+RENAMED_SETTINGS = {
+    "ratio": "retention=, the share of the visual tokens that stays: 1 - ratio",
+    "frames": "frame_source=, which says what a base= hands over; the number of frames is "
+    "max_frames_num=",
+}
 
 
 @dataclass(frozen=True)
@@ -21,14 +27,14 @@ class Settings:
     method : its name.
     compressor : None for the full model.
     base : name of an lmms-eval model to compress; None for our own.
-    frames : "images" where the base hands over frames as images, see `Compressor.__call__`.
+    frame_source : "images" where the base hands over frames as images, see `Compressor.__call__`.
     rest : arguments of the model.
     """
 
     method: str
     compressor: Compressor | None
     base: str | None
-    frames: str | None
+    frame_source: str | None
     rest: dict[str, Any]
 
     def check_rest(self, model: str, known: Collection[str]) -> None:
@@ -47,32 +53,35 @@ def settings_of(arguments: Mapping[str, Any]) -> Settings:
 
     Parameters
     ----------
-    arguments : ``method`` (a name in `dycoke.methods`), ``ratio`` (the share of visual tokens that
-        it removes) and its own settings by name; ``base`` and ``frames``; the rest is the model's.
+    arguments : ``method`` (a name in `dycoke.methods`), ``retention`` (the share of the
+        visual tokens that it keeps, in (0, 1]) and its own settings by name; ``base`` and
+        ``frame_source``; the rest is the model's.
 
     Raises
     ------
     ValueError, TypeError
-        For no method or an unknown one, and for values out of range.
+        For no method or an unknown one, for values out of range, and for names of old.
     """
     rest = dict(arguments)
-    name, ratio = rest.pop("method", None), rest.pop("ratio", None)
-    base, frames = rest.pop("base", None), rest.pop("frames", None)
+    for old, new in RENAMED_SETTINGS.items():
+        if old in rest:
+            raise ValueError(f"{old}= is now {new}")
+    name, retention = rest.pop("method", None), rest.pop("retention", None)
+    base, frame_source = rest.pop("base", None), rest.pop("frame_source", None)
     if name is None:
         raise ValueError(
             "method= is missing: say method=dycoke, or method=full for the model as is"
         )
-    retention = None if ratio is None else round(1 - check_ratio("ratio", ratio), 12)
     compressor = create(str(name), retention=retention)
     own = {key: rest.pop(key) for key in list(rest) if key in _names(compressor)}
     if compressor is not None and own:
         compressor = type(compressor).from_dict(compressor.to_dict() | own)
-    if frames is not None and base is None:
+    if frame_source is not None and base is None:
         raise ValueError(
-            f"frames={frames!r} says what a base= hands over, and there is none; the number of "
-            "frames is max_frames_num="
+            f"frame_source={frame_source!r} says what a base= hands over, and there is "
+            "none; the number of frames is max_frames_num="
         )
-    return Settings(str(name), compressor, base, frames, rest)
+    return Settings(str(name), compressor, base, frame_source, rest)
 
 
 def argument_names(cls: type) -> set[str]:
@@ -87,7 +96,8 @@ def argument_names(cls: type) -> set[str]:
 
 
 def _names(compressor: Compressor | None) -> set[str]:
-    return set() if compressor is None else compressor.setting_names()
+    """A method's own settings; how much it keeps is ``retention`` for all."""
+    return set() if compressor is None else compressor.setting_names() - {"ratio"}
 
 
 def _list(names: Collection[str]) -> str:

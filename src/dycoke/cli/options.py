@@ -1,0 +1,149 @@
+"""Options that several commands have, and what their values come to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dycoke.cli.console import BadInput
+
+if TYPE_CHECKING:
+    from dycoke.compressor import Compressor
+    from dycoke.methods.dycoke import DyCoke
+
+Model = Annotated[
+    str | None,
+    typer.Option(help="Directory or hub id of a checkpoint [default: the embedded nano model]"),
+]
+FrameCount = Annotated[int, typer.Option("--frames", min=1, help="Frames to sample.")]
+Stream = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Stream of the file to read, by its number [default: the one a person would watch]",
+    ),
+]
+MaxPixels = Annotated[
+    int,
+    typer.Option(
+        min=1, help="Most pixels of all sampled frames together; larger ones are scaled down."
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="Such as cuda:1, mps, cpu [default: the best there is]")
+]
+Retention = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the visual tokens that stays, in (0, 1] [default: each method's own]"
+    ),
+]
+MergeRatio = Annotated[
+    float | None,
+    typer.Option(
+        help="dycoke: share of a non-anchor frame's tokens to merge, [0, 1) [default: 0.7]"
+    ),
+]
+TokenBudget = Annotated[
+    str | None,
+    typer.Option(
+        help="dycoke: visual tokens to keep, instead of a merge ratio: 1000 (tokens) or 0.25 "
+        "(share)."
+    ),
+]
+PruneRatio = Annotated[
+    float | None,
+    typer.Option(
+        help="dycoke: share of visual tokens a decode step leaves out, [0, 1) [default: 0.7]"
+    ),
+]
+PruneLayer = Annotated[
+    int | None,
+    typer.Option(help="dycoke: first decoder layer that leaves them out [default: 3]"),
+]
+
+# Options that were renamed: the new name, and how to get its value.
+RENAMED_OPTIONS = {"--ratio": "--retention, the share of the visual tokens that stays: 1 - ratio"}
+
+MAX_PIXELS = 1 << 28  # as `dycoke.video.MAX_PIXELS`, which takes the decoder's import
+
+
+def comma_separated(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def exclusive(**given: object) -> None:
+    """Refuse more than one of these options, named as in Python; None is an option not given."""
+    names = [option_name(name) for name, value in given.items() if value not in (None, False)]
+    if len(names) > 1:
+        raise BadInput(f"{' and '.join(names)} exclude each other; drop one")
+
+
+def option_name(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def given_settings(
+    merge_ratio: float | None,
+    token_budget: str | None,
+    prune_ratio: float | None,
+    prune_layer: int | None,
+) -> dict[str, Any]:
+    """DyCoke's settings by name, those that were given."""
+    exclusive(merge_ratio=merge_ratio, token_budget=token_budget)
+    settings = {
+        "merge_ratio": merge_ratio,
+        "token_budget": budget_of(token_budget),
+        "prune_ratio": prune_ratio,
+        "prune_layer": prune_layer,
+    }
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def method_of(name: str, retention: float | None, settings: dict[str, Any]) -> Compressor | None:
+    """A method by its name, at a retention or in DyCoke's own settings; None for the full model."""
+    from dycoke.methods import create
+
+    try:
+        if name == "dycoke" and settings:
+            return dycoke_of(retention, settings)
+        if settings:
+            names = ", ".join(map(option_name, settings))
+            raise BadInput(f"{names}: settings of dycoke, and {name} has none of them; drop them")
+        if name == "full" and retention is not None:
+            raise BadInput("--retention: the full model keeps everything; drop it")
+        return create(name, retention=retention)
+    except (TypeError, ValueError) as error:
+        raise BadInput(str(error)) from None
+
+
+def dycoke_of(retention: float | None, settings: dict[str, Any]) -> DyCoke:
+    """DyCoke in these settings. May raise what it raises."""
+    from dycoke.errors import check_retention
+    from dycoke.methods.dycoke import DyCoke
+
+    if retention is None:
+        return DyCoke(**settings)
+    exclusive(retention=retention, **{k: settings.get(k) for k in ("merge_ratio", "token_budget")})
+    return DyCoke(token_budget=check_retention("retention", retention), **settings)
+
+
+def budget_of(text: str | None) -> int | float | None:
+    """A number of tokens, or a share: 1 is one token, 1.0 is all."""
+    if text is None:
+        return None
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    raise BadInput(f"--token-budget must be a number, got {text!r}")
+
+
+def check_folder(*files: Path | None) -> None:
+    """Refuse a file whose folder does not exist, before anything takes minutes."""
+    for file in files:
+        if file is not None and not file.resolve().parent.is_dir():
+            raise BadInput(f"cannot write {file}: there is no such folder")
