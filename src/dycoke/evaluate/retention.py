@@ -75,7 +75,7 @@ def _points(name: str, share: float) -> list[Point]:
         return [_point(name, share, BASES, methods.one_shot(name, 1 - share))]
     kept = methods.create(name, 1 - share)
     assert isinstance(kept, DyCoke)
-    # docs/design.md: up to a share of .3 the tokens that are kept shrink, above it all are kept.
+    # docs/methods.md: up to a share of .3 the tokens that are kept shrink, above it all are kept.
     left = round(1 - kept.prune_ratio, 12)
     attended = (
         replace(kept, token_budget=round(share / left, 12))
