@@ -9,7 +9,6 @@ the README.
 
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -29,10 +28,10 @@ def given() -> tuple[str, str]:
 
     story = stories.make("seen", 0)
     print(f"truth: {stories.describe(story)}")
-    folder = Path(tempfile.gettempdir())
-    return str(nano.path()), str(stories.write(story, folder / "dycoke-quickstart.mp4"))
+    return str(nano.path()), str(stories.write(story, f"{scratch.name}/story.mp4"))
 
 
+scratch = tempfile.TemporaryDirectory()  # is gone when the example ends
 checkpoint, clip = given()
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="auto").to(device)
