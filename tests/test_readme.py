@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import functools
 import itertools
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -178,3 +180,48 @@ def test_the_methods_table_has_every_paper_and_its_code() -> None:
     assert len(rows) == len(entries)
     for entry in entries:
         assert any(f"]({entry.paper})" in row and f"]({entry.source})" in row for row in rows)
+
+
+def result(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+    return found
+
+
+def test_the_figures_of_speed_and_memory_are_those_that_are_committed() -> None:
+    speed = result("llava-onevision-0.5b-cpu.json")
+    full, ours = ({**r, **r["stages"]} for r in speed["results"][:2])
+    assert (full["method"], ours["method"]) == ("full", "dycoke")
+    rows = {
+        f"prefill of {speed['prompt_tokens']} tokens": ("prefill_s", 1, "{:.1f} s"),
+        "time per token": ("per_token_s", 1e3, "{:.0f} ms"),
+        f"language model, prefill and {speed['new_tokens']} tokens": ("llm_s", 1, "{:.1f} s"),
+        "KV cache": ("kv_bytes", 1 / 2**20, "{:.1f} MiB"),
+    }
+    text = README.read_text()
+    for name, (field, scale, form) in rows.items():
+        cells = [form.format(side[field] * scale) for side in (full, ours)]
+        assert f"| {name} | {cells[0]} | {cells[1]} | {ours['vs_full'][field]:.2f}x |" in text
+    assert f"| {ours['vs_full']['flops']:.2f}x |" in text
+
+
+def test_the_figures_of_accuracy_are_those_that_are_committed() -> None:
+    text = " ".join(README.read_text().split())
+    lines = {row["name"]: row for row in result("storyqa-seen-500.json")["results"]}
+    full, ours = lines["full"], lines["dycoke K=0.7 P=0.7 L=3"]
+    for name, task in (("questions answered", "ask"), ("events told", "describe")):
+        right = [100 * side[task]["correct"] / side[task]["n"] for side in (full, ours)]
+        cells = f"| nano: {name} right | {right[0]:.1f} % | {right[1]:.1f} % |"
+        assert f"{cells} {100 * ours[task]['to_full'][0]:.1f} points |" in text
+
+    nominal = result("storyqa-nominal-200.json")["results"]
+    rows = {row["method"]: row for row in nominal if "attended" in row["bases"]}
+    dycoke = rows.pop("dycoke")
+    controls = ("full", "once", "always", "merging", "random", "fewer-frames")
+    others = [row for name, row in rows.items() if name not in controls]
+    best = max(others, key=lambda row: int(row["describe"]["correct"]))
+    assert best["method"] == "flashvid"
+    told = [row["describe"]["correct"] / row["describe"]["n"] for row in (dycoke, best)]
+    assert f"{told[0]:.1%}".replace("%", " %") + " of the events right" in text
+    assert f"FlashVID, {told[1]:.1%}".replace("%", " %") in text
+    assert f"DyCoke holds {dycoke['retention']:.1%}".replace("%", " %") in text
+    assert f"FlashVID {best['retention']:.1%}".replace("%", " %") in text
