@@ -1,4 +1,4 @@
-"""The FLOPs formula against docs/design.md's table and a plain sum."""
+"""The FLOPs formula against the paper's table and a plain sum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/design.md line by line over an unmodified model: slow, naive, sharing no code with dycoke.
+"""docs/methods.md line by line over an unmodified model: slow, naive, sharing no code with dycoke.
 
 There is no KV cache. Every step runs the whole (shortened) sequence again through the model's own
 layers, with an explicit mask per row: a generated token's row hides, from layers >= L, the visual

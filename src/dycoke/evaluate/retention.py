@@ -74,7 +74,7 @@ def _points(name: str, share: float) -> list[Point]:
         return [_point(name, share, BASES, methods.one_shot(name, retention=share))]
     kept = methods.create(name, retention=share)
     assert isinstance(kept, DyCoke)
-    # docs/design.md: up to a share of .3 the tokens that are kept shrink, above it all are kept.
+    # docs/methods.md: up to a share of .3 the tokens that are kept shrink, above it all are kept.
     left = round(1 - kept.prune_ratio, 12)
     attended = (
         replace(kept, token_budget=round(share / left, 12))
