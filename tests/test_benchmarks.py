@@ -14,7 +14,7 @@ from typing import Any
 import clips
 import pytest
 
-from dycoke import memory
+from dycoke.vision import memory
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = {path.stem for path in FOLDER.glob("*.py")}
