@@ -34,7 +34,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from dycoke import DyCoke, memory
+from dycoke import DyCoke
+from dycoke.vision import memory
 from dycoke.vision.chunks import encode_in_chunks
 
 VIDEO_TOKEN, PER_FRAME = 501, 196

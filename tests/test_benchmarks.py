@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from dycoke.vision import memory
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = {path.stem for path in FOLDER.glob("*.py")}
 
+CORE = {"core/engine.py", "core/cache.py", "core/selection.py", "attention.py"}
 Script = Callable[..., str]
 
 
@@ -46,7 +48,25 @@ def last(printed: str) -> Any:
 
 def test_all_scripts_are_run_here() -> None:
     run = {"encoder_memory", "lmms_storyqa", "many_questions", "memory", "nano_merging"}
-    assert run == SCRIPTS
+    assert run | {"decode_walk", "host_overhead"} == SCRIPTS
+
+
+def test_decode_walk(script: Script) -> None:
+    *files, step, modules = script("decode_walk").splitlines()
+    found = re.fullmatch(r"one decode step: (\d+) functions, (\d+) files, (\d+) lines", step)
+    assert found is not None and files[-int(found[2])].split()[0] in CORE | {"methods/dycoke.py"}
+    # What somebody has to read to know what a decode step does; docs/design.md walks through it.
+    assert int(found[2]) <= 5 and int(found[3]) <= 450
+    assert int(modules.split(": ")[1].split()[0]) <= 900
+
+
+def test_host_overhead(script: Script) -> None:
+    result = last(script("host_overhead", "--layers", 5, "--steps", 2, "--repeat", 1))
+    assert (result["layers"], result["steps"]) == (5, 2)
+    for name in ("steady", "refresh"):
+        assert result[f"{name}_ratio"] == pytest.approx(
+            result[f"{name}_ms"] / result["stock_ms"], rel=0.01
+        )
 
 
 def test_nano_merging(script: Script) -> None:

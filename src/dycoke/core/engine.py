@@ -38,8 +38,7 @@ from dycoke.patching import Patches
 from dycoke.vision.scores import Vision
 from dycoke.vision.wrap import ENCODED, carry_notes, note_encoded
 
-# Models that an engine is on, by their decoder; one engine at a time. The model's hooks keep the
-# engine alive, so that both go when the model goes.
+# Models that an engine is on, by their decoder. Their hooks keep the engine alive, until they go.
 _ENGAGED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Engine]] = weakref.WeakKeyDictionary()
 _INSTALLING = threading.Lock()
 
@@ -64,8 +63,8 @@ class Forward:
     decodes : whether it takes the view of a decode step.
     record, decode_step : where it is counted, and whether as a decode step.
     attention_mask : the user's, (B, logical length), or None.
-    lower_mask : which keys the lower layers may see, (B, rows), or None.
-    upper_masks : per device, what the upper layers hand to their attention function.
+    lower_mask, upper_masks : which keys the lower layers may see, (B, rows), or None; per device,
+        what the upper layers hand to their attention function.
     scores, source : where a method drops rows inside: attention of each prompt's last token,
         (B, rows), and the rows that stayed, (B, rows left), once they are known.
     reached : calls of overridden attention modules, to know that none went another way.
@@ -189,8 +188,6 @@ class Engine:
             self._owner = None
             self.running = None
             self._turn.release()
-
-    # The model's hooks: find the video tokens
 
     def _on_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         inputs = self._named(module, args, kwargs)
