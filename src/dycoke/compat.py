@@ -102,6 +102,8 @@ def check_names(model: Any, base: Any, decoder: Any) -> None:
                 raise unknown(f"generate asks {type(model).__name__} for no {name}")
     if not hasattr(decoder.config, "_attn_implementation_internal"):
         raise unknown("configs have no _attn_implementation_internal")
+    if not hasattr(ALL_MASK_ATTENTION_FUNCTIONS, "_global_mapping"):
+        raise unknown("ALL_MASK_ATTENTION_FUNCTIONS has no _global_mapping")
 
 
 def attention_of(layer: Any) -> nn.Module:
@@ -152,10 +154,7 @@ def native_mask(
     """
     if key_mask is None and q_len == 1:
         return None
-    known = getattr(ALL_MASK_ATTENTION_FUNCTIONS, "_global_mapping", None)
-    if known is None:
-        raise unknown("ALL_MASK_ATTENTION_FUNCTIONS has no _global_mapping")
-    make = known.get(implementation)
+    make = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(implementation)
     if make is None:
         if key_mask is None:
             return None

@@ -88,8 +88,8 @@ class Report(_Readable):
     retention: float
     final_retention: float
     samples: tuple[SampleReport, ...]
+    method: str
     below: float = 1.0
-    method: str = "DyCoke"
 
     def __str__(self) -> str:
         if not self.engaged:

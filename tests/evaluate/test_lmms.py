@@ -48,7 +48,7 @@ def account_of(compressor: Any) -> tuple[Account, Log, list[dict[str, float]]]:
 def report(engaged: bool, retention: float = 1.0, final: float = 1.0) -> Report:
     reason = None if engaged else "no video"
     sample: Any = None  # only their number counts
-    return Report(engaged, reason, {}, 0, 0, 0, retention, final, (sample,))
+    return Report(engaged, reason, {}, 0, 0, 0, retention, final, (sample,), "DyCoke")
 
 
 # Settings
