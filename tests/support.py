@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import safetensors.torch  # noqa: F401  (its table of dtypes is made on import, see `in_float64`)
 import standin
 import tiny
 import torch

@@ -32,7 +32,7 @@ def assistant(tmp_path_factory: Any) -> Assistant:
 @pytest.fixture
 def short(monkeypatch: Any) -> None:
     """Answers that stop early."""
-    monkeypatch.setattr(storyqa, "LONGEST", {"ask": 3, "describe": 6})
+    monkeypatch.setattr(storyqa, "ANSWER_TOKENS", {"ask": 3, "describe": 6})
 
 
 def test_wilson_against_known_values() -> None:

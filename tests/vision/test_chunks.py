@@ -14,7 +14,8 @@ import tiny
 import torch
 from support import close, compressed, exact, families, generate, inputs_of, model_of, untouched
 
-from dycoke import DyCoke, memory
+from dycoke import DyCoke
+from dycoke.vision import memory
 from dycoke.vision.chunks import encode_in_chunks
 
 pytestmark = exact
