@@ -40,8 +40,8 @@ REPORT = [
     "retention",
     "final_retention",
     "samples",
-    "below",
     "method",
+    "below",
 ]
 
 
