@@ -92,12 +92,14 @@ class _Original:
 
     def __call__(self, protocol: Any) -> Any:
         reduced: Any = type(self.module).__reduce_ex__(self.module, protocol)
+        if len(reduced) < 3 or not isinstance(reduced[2], dict):
+            return reduced  # a class that says itself what it is made from (torch.compile's)
         make, args, state, *rest = reduced
         state = dict(state)
-        del state[REDUCE]
+        state.pop(REDUCE, None)
         for name, before in self.values.items():
             _put(state, name, before[0])
-        for name in HOOKS:
+        for name in set(HOOKS) & set(state):
             hooks = state[name]
             state[name] = type(hooks)((k, v) for k, v in hooks.items() if k not in self.hooks)
         return make, args, state, *rest

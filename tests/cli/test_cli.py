@@ -40,8 +40,8 @@ REPORT = [
     "retention",
     "final_retention",
     "samples",
-    "below",
     "method",
+    "below",
 ]
 
 
@@ -283,6 +283,8 @@ def test_what_cannot_be_read_twice(run: Any, tmp_path: Path) -> None:
         (("eval", "--split", "new"), "--split must be seen or unseen, got 'new'"),
         (("eval", "--merge-ratio", "1"), "merge_ratio must be in [0, 1), got 1.0"),
         (("eval", "--settings", "nothing"), "no setting begins with 'nothing'; there are full"),
+        (("eval", "--settings", "full,nope"), "no setting begins with 'nope'; there are full"),
+        (("eval", "--settings", ","), "no setting begins with ','; there are full"),
         (("run", "{clip}", "--retention", "25"), "must be in (0, 1], got 25; did you mean 0.25?"),
         (("run", "{clip}", "--retention", "0"), "retention must be in (0, 1], got 0"),
         (("run", "{clip}", "--method", "none"), "unknown method 'none'; there are full, dycoke,"),

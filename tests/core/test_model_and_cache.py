@@ -20,6 +20,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 import dycoke
 from dycoke import DyCoke, UnsupportedError
 from dycoke.compat import CACHE_NAMES, cache_name, cache_of
+from dycoke.core.cache import ROOM
+from dycoke.core.records import held_bytes
 from dycoke.methods import HoliTom
 from dycoke.vision.chunks import encode_in_chunks
 
@@ -135,6 +137,17 @@ def test_a_copy_keeps_the_users_own_hooks_and_methods() -> None:
     assert isinstance(vars(twin.model)["get_video_features"], functools.partial)
 
 
+def test_a_copy_of_a_compiled_model_is_a_stock_model() -> None:
+    """The class of compiled models says itself what a copy is made from."""
+    model, inputs = tiny.FAMILIES["llava_onevision"].model(), inputs_of("llava_onevision", *ONE)
+    full = generate(model, inputs)
+    compiled = torch.compile(model, backend="eager")
+    with DyCoke()(compiled) as run:
+        twin = copy.deepcopy(compiled)
+        assert torch.equal(generate(twin, inputs).logits[-1], full.logits[-1])
+        assert run.reports == []
+
+
 def _users_hook(module: Any, args: Any) -> None:
     return None
 
@@ -186,6 +199,39 @@ def test_turns_in_any_mode_answer_alike(family: str, settings: DyCoke) -> None:
             got = turns(*(mode() for mode in modes))
             assert torch.equal(got.sequences, expected.sequences)
             assert torch.equal(got.logits[-1], expected.logits[-1])
+
+
+@families
+def test_a_cache_that_grew_in_inference_mode_goes_on_outside(family: str) -> None:
+    """It began outside: what the mode made is the buffers of a turn longer than the room left."""
+    model, inputs = model_of(family), inputs_of(family, *ONE)
+    name, words = cache_name(model.get_decoder()), {"suppress_tokens": [tiny.VIDEO, tiny.IMAGE]}
+    answers = []
+    with DyCoke()(model):
+        for mode in (torch.no_grad, torch.inference_mode):
+            output = generate(model, inputs, **words)
+            for inside, text in ((mode, [5] * (ROOM + 9)), (torch.no_grad, [8, 9])):
+                ids = torch.cat([output.sequences, torch.tensor([text])], 1)
+                follow = tiny.FAMILIES[family].follow_up(ids)
+                with inside():
+                    cache = {name: cache_of(output)}
+                    output = generate(model, follow, tokens=4, **cache, **words)
+            answers.append(output)
+    assert torch.equal(answers[1].logits[-1], answers[0].logits[-1])
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+@families
+def test_the_full_cache_of_a_report_is_what_a_stock_one_holds(family: str, tokens: int) -> None:
+    """Also right after a prompt, of which a layer with a window still holds everything."""
+    model, inputs = model_of(family), inputs_of(family, *ONE)
+    source = tiny.FAMILIES[family].frame_source(ONE[0])
+    stock = cache_of(generate(model, inputs, tokens))
+    with DyCoke()(model, frame_source=source) as run:
+        ours = cache_of(generate(model, inputs, tokens))
+    assert run.report is not None and run.report.engaged
+    assert run.report.kv_bytes == held_bytes(ours)
+    assert run.report.kv_bytes_full == held_bytes(stock)
 
 
 # Generations inside generations
@@ -242,6 +288,31 @@ def test_guidance_reports_the_video() -> None:
     assert run.report is not None and run.report.engaged
     assert run.report.decode_steps == 7
     assert run.trace is not None and len(run.trace.samples[0].active) == 7
+
+
+def test_guidance_without_a_cache_is_two_reports() -> None:
+    model, inputs = model_of("llava_onevision"), inputs_of("llava_onevision", *ONE)
+    with DyCoke(prune_ratio=0)(model) as run:
+        generate(
+            model,
+            inputs,
+            tokens=5,
+            guidance_scale=1.7,
+            negative_prompt_ids=torch.tensor([[3, 4, 5]]),
+            use_cache=False,
+        )
+    assert [(r.engaged, r.decode_steps) for r in run.reports] == [(True, 4), (False, 4)]
+    assert run.report == run.reports[0]
+
+
+def test_a_prompt_one_token_longer_is_a_generation_of_its_own() -> None:
+    """Without a cache the length is all that tells a step from a prompt, but within a call."""
+    model = model_of("llava_onevision")
+    with DyCoke(prune_ratio=0)(model) as run:
+        for after in (7, 8):
+            inputs = inputs_of("llava_onevision", [[7]], [(5, after)])
+            generate(model, inputs, tokens=1, use_cache=False)
+    assert [r.decode_steps for r in run.reports] == [0, 0]
 
 
 def test_a_loop_of_ones_own_reports_what_goes_on() -> None:

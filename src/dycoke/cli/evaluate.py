@@ -189,9 +189,10 @@ def _standard(
     if settings is not None:
         wanted = tuple(options.comma_separated(settings))
         known = ", ".join(line.name for line in lines)
+        for start in wanted or (settings,):
+            if not any(line.name.startswith(start) for line in lines):
+                raise BadInput(f"no setting begins with {start!r}; there are {known}")
         lines = [line for line in lines if line.name.startswith(wanted)]
-        if not lines:
-            raise BadInput(f"no setting begins with {settings!r}; there are {known}")
     with progress_bars() as bars:
         scores = stories.answer(assistant, lines, bars)
         task = bars.add_task("where full looks", total=1)

@@ -237,6 +237,12 @@ class VideoCache(DynamicCache):
         """The rows that are really there: text, generated and kept visual tokens."""
         return int(self.layers[self.generation.counting].get_seq_length())
 
+    @property
+    def inferred(self) -> bool:
+        """Whether anything was made in inference mode: at prefill, or where a buffer grew later."""
+        buffers = (x for layer in self.layers for x in getattr(layer, "buffers", ()))
+        return self.generation.visual.valid.is_inference() or any(x.is_inference() for x in buffers)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.generation.length
 

@@ -299,7 +299,7 @@ class Engine:
         if forward.length > 1 or generation.method != self.method or mask is not None:
             mask = guards.checked_mask(mask, forward.inputs)
             guards.check_go_on(generation, self.method, mask, forward.length, self.decoder.config)
-        if generation.visual.valid.is_inference() and not torch.is_inference_mode_enabled():
+        if cache.inferred and not torch.is_inference_mode_enabled():
             cache.map_batch(torch.clone)  # what was made in that mode cannot be written outside
         forward.cache, forward.attention_mask = cache, mask
         forward.decodes = forward.length == 1
@@ -340,7 +340,7 @@ class Engine:
             else:
                 self._check_taken(forward, cache)
                 cache.generation.length += forward.length
-                record.length = cache.generation.length
+                record.length, record.newest = cache.generation.length, forward.length
                 if cache.generation.grown or cache.generation.stock_layers:
                     record.measure(cache)
                     cache.generation.grown = False

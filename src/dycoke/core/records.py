@@ -71,10 +71,12 @@ class Record:
         was touched.
     refreshes, recalled : Tensor, long, (B,), without the first selection; 0 before that.
     length : logical tokens in the cache; without one, the input length of the last forward.
+    newest : tokens of the last forward, those of a whole prompt included.
     kv_bytes : bytes of the storages that the cache held after the last forward.
     rows : bytes of one row, and the window, or None, of each cache layer that has rows.
     states : bytes that the other layers hold, however long the text.
     number : how many generations of its engine began before it.
+    call : the call of generate in which it began, 0 outside of any.
     secondary : whether it ran inside another generation, as contrastive decoding does.
     """
 
@@ -89,10 +91,12 @@ class Record:
     recalled: Tensor | int = 0
     decode_steps: int = 0
     length: int = 0
+    newest: int = 0
     kv_bytes: int = 0
     rows: list[tuple[int, int | None]] = field(default_factory=list)
     states: int = 0
     number: int = 0
+    call: int = 0
     secondary: bool = False
 
     def measure(self, cache: Any) -> None:
@@ -141,9 +145,12 @@ class Record:
             )
         full = self.kv_bytes
         if self.attended is not None:
-            # A layer with a window holds its last tokens and, until the next, the new one.
+            # A layer with a window keeps its last tokens, the window less one, and until the next
+            # forward all that came with the last one.
+            length, older = self.length, self.length - self.newest
             full = self.states + sum(
-                row * min(self.length, w or self.length) for row, w in self.rows
+                row * (length if w is None else min(older, w - 1) + self.newest)
+                for row, w in self.rows
             )
         return Report(
             engaged=reason is None,
@@ -198,6 +205,7 @@ class _Local(threading.local):
     """A thread's own: the calls of generate in progress, and its newest generation."""
 
     depth: int = 0
+    call: int = 0
     first: Record | None = None
     newest: Record | None = None
 
@@ -215,6 +223,7 @@ class Records:
         self.listed: deque[Record] = deque(maxlen=100)
         self._by_cache: weakref.WeakKeyDictionary[Any, Record] = weakref.WeakKeyDictionary()
         self._local, self._numbers = _Local(), itertools.count()
+        self._calls = itertools.count(1)
         self.forwards = 0  # of the decoder that is hooked
         self.current: Record | None = None  # where the last of them was counted
 
@@ -259,7 +268,7 @@ class Records:
             local.newest = record
         if cache is not None:
             self._by_cache[cache] = record
-        record.number = next(self._numbers)
+        record.number, record.call = next(self._numbers), local.call
         self.listed.append(record)
         return record
 
@@ -278,20 +287,22 @@ class Records:
     def known(self, cache: Any, length: int, several: bool) -> Record | None:
         """The record that a forward belongs to which has no cache of ours, if it goes on.
 
-        A cache is known again; without one, generate feeds one token more each time, and only the
-        newest can be told from chance.
+        A cache is known again. Without one, generate feeds one token more each time: of the
+        generations that began in this call of generate, or of bare forwards the newest.
         """
         if cache is not None:
             record = self._by_cache.get(cache)
             return record if length == 1 or several else None
-        newest = self.listed[-1] if self.listed else None
-        if newest is None or newest.rows or length != newest.length + 1:
-            return None
-        return newest
+        call = self._local.call
+        listed = list(self.listed)
+        for record in reversed(listed if call else listed[-1:]):
+            if record.call == call and not record.rows and length == record.length + 1:
+                return record
+        return None
 
     def measure(self, record: Record, output: Any, length: int) -> None:
         """After an untouched forward of ``length`` tokens: what its cache holds, if it has one."""
-        record.length = length
+        record.length = record.newest = length
         cache = cache_of(output) if isinstance(output, Mapping) else None
         if cache is not None:
             self._by_cache[cache] = record
@@ -305,11 +316,13 @@ class Records:
         local = self._local
         if not local.depth:
             local.first = None
+        before, local.call = local.call, next(self._calls)
         local.depth += 1
         try:
             yield
         finally:
             local.depth -= 1
+            local.call = before
 
 
 def _tensors(layer: Any) -> Iterable[Tensor]:
