@@ -77,7 +77,9 @@ def load_assistant(
         try:
             return Assistant.load(model, device, dtype)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
-            raise BadInput(f"cannot load the model {model!r}: {error}") from None
+            what = "the embedded model" if model is None else f"the model {model!r}"
+            where = "" if device is None else f" on the device {device!r}"
+            raise BadInput(f"cannot load {what}{where}: {error}") from None
 
 
 def _looks_like_a_path(model: str) -> bool:

@@ -100,7 +100,8 @@ class Generation:
     record : what the report is made from.
     newest : tokens of the last forward.
     open : whether a decoder forward runs now; rows may be added only inside one.
-    grown : whether buffers changed since they were last measured.
+    grown, inferred : whether buffers changed since they were last measured; whether any was made
+        under torch.inference_mode(), outside of which it cannot be written.
     counting, stock_layers : the first layer that has rows; whether some stay transformers' own.
     """
 
@@ -120,6 +121,7 @@ class Generation:
     newest: int = 1
     open: bool = False
     grown: bool = True
+    inferred: bool = False
     counting: int = 0
     stock_layers: bool = False
 
@@ -178,6 +180,7 @@ class VideoLayer(DynamicLayer):
             if self.length:
                 grown[i][:, :, : self.length] = self.buffers[i][:, :, : self.length]
         self.buffers, self.generation.grown = grown, True
+        self.generation.inferred |= torch.is_inference_mode_enabled()
 
     def places(self, rows: Tensor) -> Tensor:
         """Rows ``rows[b, i]`` of sample b as rows of one long table over samples and heads."""
@@ -236,12 +239,6 @@ class VideoCache(DynamicCache):
     def row_count(self) -> int:
         """The rows that are really there: text, generated and kept visual tokens."""
         return int(self.layers[self.generation.counting].get_seq_length())
-
-    @property
-    def inferred(self) -> bool:
-        """Whether anything was made in inference mode: at prefill, or where a buffer grew later."""
-        buffers = (x for layer in self.layers for x in getattr(layer, "buffers", ()))
-        return self.generation.visual.valid.is_inference() or any(x.is_inference() for x in buffers)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.generation.length

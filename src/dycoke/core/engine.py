@@ -135,8 +135,6 @@ class Engine:
         self._generate: GenerateHooks | None = None
         self._overridden = 0
 
-    # Installing and removing
-
     def install(self) -> None:
         with _INSTALLING:
             if engine_of(self.model) is not None:
@@ -299,8 +297,9 @@ class Engine:
         if forward.length > 1 or generation.method != self.method or mask is not None:
             mask = guards.checked_mask(mask, forward.inputs)
             guards.check_go_on(generation, self.method, mask, forward.length, self.decoder.config)
-        if cache.inferred and not torch.is_inference_mode_enabled():
-            cache.map_batch(torch.clone)  # what was made in that mode cannot be written outside
+        if generation.inferred and not torch.is_inference_mode_enabled():
+            cache.map_batch(torch.clone)
+            generation.inferred = False
         forward.cache, forward.attention_mask = cache, mask
         forward.decodes = forward.length == 1
         forward.decode_step = forward.length == 1 or self._speculative
@@ -357,8 +356,6 @@ class Engine:
         if fault:
             self._release()
             raise compat.unknown(fault)
-
-    # Inside the decoder's layers: scores, rows that leave, masks that follow
 
     def _score(self, inner: Any, module: nn.Module, args: list[Any], kwargs: Any) -> Any:
         """The layer below the upper ones: its attention says which tokens they attend to."""
