@@ -20,6 +20,7 @@ from dycoke.compat import attention_function, unknown
 from dycoke.patching import Patches
 
 KEY = "dycoke"
+OVERRIDE = "dycoke_override"
 
 # (inner, module, args, kwargs) -> what the attention function returns. `inner` is the function
 # that the module would have called; args are query, key, value, attention_mask.
@@ -41,8 +42,8 @@ class Override:
         config._attn_implementation_internal = key
         if config._attn_implementation != key:
             raise unknown("a config does not take its attention implementation")
-        config.dycoke_override = self
         patches.replace(module, "config", config)
+        patches.replace(module, OVERRIDE, self)
 
     def call(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """The module's own attention function, seeing the module's own config."""
@@ -57,7 +58,7 @@ class Override:
 
 
 def _dispatch(module: Any, *args: Any, **kwargs: Any) -> Any:
-    override: Override = module.config.dycoke_override
+    override: Override = vars(module)[OVERRIDE]  # looked up past nn.Module, in every layer and step
     if len(args) < 3:
         raise unknown(f"{type(module).__name__} passes query, key and value by other names")
     return override.handler(override.call, module, list(args), kwargs)

@@ -94,7 +94,7 @@ def test_a_decode_step_takes_one_contiguous_view() -> None:
     for i in range(4):
         keys, values = cache.update(new, new, i)
         layer = cache.layers[i]
-        start = layer.rows.start
+        start = layer.start
         assert (start > 0) == (i >= 2)
         assert keys.data_ptr() == layer.buffers[0][:, :, start:].data_ptr()
         assert keys.shape[2] == 21 - start

@@ -87,8 +87,7 @@ class Generation:
 
     Attributes
     ----------
-    method : the settings that made the cache; equal settings may go on with it.
-    kind : what its upper layers do, as in `LayerPlan`.
+    method, kind : the settings, equal ones may go on; what upper layers do, as in `LayerPlan`.
     prompt : Tensor, long, (B, prompt_length): its token ids, -1 for padding.
     prompt_length : tokens of the whole prompt at prefill, padding included.
     length : logical tokens so far.
@@ -134,7 +133,7 @@ class VideoLayer(DynamicLayer):
 
     def __init__(self, generation: Generation, upper: bool) -> None:
         self.buffers: list[Tensor] = []  # keys, values: (B, heads, capacity, D)
-        self.length = 0
+        self.length = self.start = 0  # rows; the first one that a decode step attends to
         self.generation, self.upper = generation, upper
         super().__init__()
 
@@ -145,40 +144,41 @@ class VideoLayer(DynamicLayer):
     def _rows(self, which: int) -> Tensor | None:
         return self.buffers[which].narrow(2, 0, self.length) if self.buffers else None
 
-    @property
-    def rows(self) -> RowMap:
-        return self.generation.upper if self.upper else self.generation.lower
-
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        new, prefill = (key_states, value_states), not self.buffers
-        count, rows, begin = key_states.shape[2], self.rows, self.length
-        if prefill:
-            self.dtype, self.device = key_states.dtype, key_states.device
-            self.is_initialized = True
-        if prefill or begin + count > self.buffers[0].shape[2]:
-            self._grow(new, begin + count + ROOM)
-        self.length = begin + count
+        if not self.buffers:
+            return self._fill(key_states, value_states)
+        count, begin = key_states.shape[2], self.length
+        end = self.length = begin + count
+        if end > self.buffers[0].shape[2]:
+            self._grow((key_states, value_states), begin, end + ROOM)
+        keys, values = self.buffers
+        keys.narrow(2, begin, count).copy_(key_states)
+        values.narrow(2, begin, count).copy_(value_states)
+        start = self.start if count == 1 else 0
+        return keys.narrow(2, start, end - start), values.narrow(2, start, end - start)
+
+    def _fill(self, *new: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of a prompt, in the order that decoding wants."""
+        rows = self.generation.upper if self.upper else self.generation.lower
+        self.dtype, self.device, self.is_initialized = new[0].dtype, new[0].device, True
+        self.length, self.start = new[0].shape[2], rows.start
+        self._grow(new, 0, self.length + ROOM)
         for buffer, states in zip(self.buffers, new, strict=True):
-            if prefill and rows.order is not None:
+            if rows.order is not None:
                 order = rows.order.to(states.device)[:, None, :, None]
                 states = states.gather(2, order.expand_as(states))
-            buffer.narrow(2, begin, count).copy_(states)
-        if prefill:
-            return new
-        start = rows.start if count == 1 else 0
-        keys, values = self.buffers
-        length = self.length - start
-        return keys.narrow(2, start, length), values.narrow(2, start, length)
+            buffer.narrow(2, 0, self.length).copy_(states)
+        return new[0], new[1]
 
-    def _grow(self, like: tuple[Tensor, Tensor], capacity: int) -> None:
+    def _grow(self, like: tuple[Tensor, ...], filled: int, capacity: int) -> None:
         grown = []
         for i, states in enumerate(like):
             batch, heads, _, width = states.shape
             grown.append(states.new_empty(batch, heads, capacity, width))
-            if self.length:
-                grown[i][:, :, : self.length] = self.buffers[i][:, :, : self.length]
+            if filled:
+                grown[i].narrow(2, 0, filled).copy_(self.buffers[i].narrow(2, 0, filled))
         self.buffers, self.generation.grown = grown, True
         self.generation.inferred |= torch.is_inference_mode_enabled()
 
