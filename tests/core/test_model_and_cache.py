@@ -205,7 +205,8 @@ def test_turns_in_any_mode_answer_alike(family: str, settings: DyCoke) -> None:
 def test_a_cache_that_grew_in_inference_mode_goes_on_outside(family: str) -> None:
     """It began outside: what the mode made is the buffers of a turn longer than the room left."""
     model, inputs = model_of(family), inputs_of(family, *ONE)
-    name, words = cache_name(model.get_decoder()), {"suppress_tokens": [tiny.VIDEO, tiny.IMAGE]}
+    name = cache_name(model.get_decoder())
+    words: dict[str, Any] = {"suppress_tokens": [tiny.VIDEO, tiny.IMAGE]}
     answers = []
     with DyCoke()(model):
         for mode in (torch.no_grad, torch.inference_mode):

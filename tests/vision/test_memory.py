@@ -59,8 +59,8 @@ def test_rows_after_prefill_and_bytes(
     for layer in others:
         for tensor in tensors_of([layer]):
             # After the prompt a layer with a window still holds all of it, here the shortened one.
-            held, window = tensor.untyped_storage().nbytes(), hasattr(layer, "sliding_window")
-            stock += held * inputs["input_ids"].shape[1] // longest if window else held
+            size, window = tensor.untyped_storage().nbytes(), hasattr(layer, "sliding_window")
+            stock += size * inputs["input_ids"].shape[1] // longest if window else size
     assert report.kv_bytes_full == stock
 
 
