@@ -34,6 +34,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from dycoke import DyCoke, UnsupportedError
+from dycoke.attention import OVERRIDE
 from dycoke.compressor import Compressor
 from dycoke.core.method import NO_CONTEXT, VideoContext
 from dycoke.models import families as known_families
@@ -295,7 +296,7 @@ def test_the_last_layer_that_features_come_from(asked: Any, layer: int) -> None:
         changed = [
             name
             for name, part in model.base_model.vision_tower.named_modules()
-            if getattr(getattr(part, "config", None), "dycoke_override", None) is not None
+            if OVERRIDE in vars(part)
         ]
         assert model.base_model.vision_tower.get_submodule(changed[0]) is module
         assert len(changed) == 1
@@ -612,9 +613,9 @@ def test_threads_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with method(model):
         (override,) = [
-            part.config.dycoke_override
+            vars(part)[OVERRIDE]
             for part in model.base_model.vision_tower.modules()
-            if hasattr(getattr(part, "config", None), "dycoke_override")
+            if OVERRIDE in vars(part)
         ]
         own = override.inner
 
@@ -637,7 +638,7 @@ def test_threads_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
 def overridden(model: Any) -> bool:
     """Whether an attention module of the vision encoder is."""
     return any(
-        hasattr(getattr(part, "config", None), "dycoke_override")
+        OVERRIDE in vars(part)
         for name, part in model.base_model.named_modules()
         if "vision" in name or "visual" in name
     )
