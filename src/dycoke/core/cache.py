@@ -199,7 +199,7 @@ class VideoLayer(DynamicLayer):
         return self.length
 
     def crop(self, tokens_to_remove: int) -> None:
-        # The new end is below every row that `exchange` may move: the cache has checked that.
+        # The new end is below every row that `move` may touch: the cache has checked that.
         if self.buffers:
             self.length -= abs(int(tokens_to_remove))
 
