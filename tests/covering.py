@@ -5,8 +5,10 @@ nearly always in a pair of values (a family with a backend, a backend with a kin
 only in three at once. So a few cases are chosen, with two promises:
 
 - in each test function every pair of kinds of values meets that meets in its product; values are
-  a kind each, but for families that are `ALIKE`, which take turns;
-- in the suite every pair of values meets that meets in any product, families alike included.
+  a kind each, but for families that are `ALIKE`, which take turns; where the family is the only
+  axis, all kinds take turns, half of them in each function;
+- in the suite every value is run, and every pair of values that meets in the products of several
+  test functions, families alike included.
 
 `--all` runs the whole product.
 """
@@ -19,13 +21,17 @@ from itertools import combinations
 
 import pytest
 
-# Families with the same layout file and the same kinds of layers.
+# Families that take turns, each with the one that stands for them: prompts, positions and layers
+# of one kind (tests/tiny.py). What differs inside a kind, its own layout, is tested by name.
 ALIKE = {
-    "qwen2_vl": "qwen2_5_vl",
-    "glm46v": "glm4v",
-    "glm4v_moe": "glm4v",
-    "qwen3_vl_moe": "qwen3_vl",
-    "qwen3_5_moe": "qwen3_5",
+    "llava_next_video": "llava_onevision",  # 1-D positions, full attention
+    "qwen2_vl": "qwen2_5_vl",  # 3-D positions
+    "glm4v": "qwen2_5_vl",
+    "glm46v": "qwen2_5_vl",
+    "glm4v_moe": "qwen2_5_vl",
+    "qwen3_vl_moe": "qwen3_vl",  # deepstack
+    "qwen3_5_moe": "qwen3_5",  # linear attention
+    "smolvlm": "internvl",  # frames given as images
 }
 # Of a run: what was collected, and what of it is run.
 COLLECTED = pytest.StashKey[tuple[list[pytest.Item], list[pytest.Item]]]()
@@ -58,23 +64,34 @@ class Design:
     def __init__(self) -> None:
         self.met: set[Pair] = set()
         self.taken: Counter[Value] = Counter()
+        self.turns: Counter[Pair] = Counter()
 
     def choose(self, cases: Sequence[Case], wanted: Collection[Pair] | None = None) -> list[int]:
         """Indices of cases in which all pairs of kinds meet, or the pairs ``wanted`` of values."""
         if wanted is None:
             new = [pairs_of(map(kind_of, case)) for case in cases]
             missing = set().union(*new)
+            if all(len(case) == 1 and case[0][0] == "family" for case in cases):
+                missing = self._turns(missing)
+                new = [pairs & missing for pairs in new]
         else:
             missing = set(wanted)
-            new = [pairs_of(case) & missing for case in cases]
+            new = [(pairs_of(case) | set(map(frozenset, zip(case)))) & missing for case in cases]
         left, chosen = [i for i in range(len(cases)) if new[i]], []
         while missing:
             best = max(left, key=lambda i: self._worth(cases[i], new[i] & missing, i))
             left.remove(best)
             chosen.append(best)
             missing -= new[best]
-            self.met |= pairs_of(cases[best])
+            self.met |= pairs_of(cases[best]) | set(map(frozenset, zip(cases[best])))
             self.taken.update(cases[best])
+        return chosen
+
+    def _turns(self, kinds: set[Pair]) -> set[Pair]:
+        """The half of these kinds of families that was taken least."""
+        ranked = sorted(kinds, key=lambda kind: (self.turns[kind], sorted(kind)))
+        chosen = set(ranked[: (len(ranked) + 1) // 2])
+        self.turns.update(chosen)
         return chosen
 
     def _worth(self, case: Case, new: set[Pair], place: int) -> tuple[int, int, int, int]:
@@ -111,6 +128,16 @@ def design(items: Sequence[pytest.Item]) -> list[pytest.Item]:
         chosen += [group[i] for i in made.choose(cases)] if all(cases) else group
     product = [item for item in items if case_of(item)]
     cases = [case_of(item) for item in product]
-    everywhere: set[Pair] = set().union(*map(pairs_of, cases))
-    chosen += [product[i] for i in made.choose(cases, everywhere - made.met)]
+    chosen += [product[i] for i in made.choose(cases, wanted_of(items) - made.met)]
     return chosen
+
+
+def wanted_of(items: Sequence[pytest.Item]) -> set[Pair]:
+    """What the suite promises: pairs that meet in several test functions, and each value."""
+    meets: Counter[Pair] = Counter()
+    values: set[Pair] = set()
+    for group in functions(items).values():
+        cases = [case for case in map(case_of, group) if case]
+        meets.update(set().union(*map(pairs_of, cases)))
+        values |= {frozenset([value]) for case in cases for value in case}
+    return {pair for pair, count in meets.items() if count > 1} | values

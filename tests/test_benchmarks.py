@@ -14,6 +14,7 @@ from typing import Any
 
 import clips
 import pytest
+import transformers
 
 from dycoke.vision import memory
 
@@ -56,7 +57,9 @@ def test_decode_walk(script: Script) -> None:
     found = re.fullmatch(r"one decode step: (\d+) functions, (\d+) files, (\d+) lines", step)
     assert found is not None and files[-int(found[2])].split()[0] in CORE | {"methods/dycoke.py"}
     # What somebody has to read to know what a decode step does; docs/design.md walks through it.
-    assert int(found[2]) <= 5 and int(found[3]) <= 450
+    # The oldest supported release makes a mask in each step, which two more files look at.
+    limits = (5, 450) if transformers.__version__ >= "5.24" else (7, 480)
+    assert int(found[2]) <= limits[0] and int(found[3]) <= limits[1]
     assert int(modules.split(": ")[1].split()[0]) <= 900
 
 

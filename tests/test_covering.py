@@ -40,35 +40,53 @@ def test_what_never_meets_is_not_asked_for() -> None:
 
 
 def test_families_alike_take_turns() -> None:
-    families = [("family", name) for name in ("glm4v", "glm46v", "glm4v_moe", "internvl")]
+    families = [("family", name) for name in ("internvl", "gemma4", "smolvlm")]
     made = covering.Design()
-    taken = [[families[i][1] for i in made.choose([(f,) for f in families])] for _ in range(3)]
-    assert taken == [["glm4v", "internvl"], ["glm46v", "internvl"], ["glm4v_moe", "internvl"]]
+    cases = [(family, ("axis", 0)) for family in families]
+    taken = [[families[i][1] for i in made.choose(cases)] for _ in range(3)]
+    assert taken == [["internvl", "gemma4"], ["smolvlm", "gemma4"], ["internvl", "gemma4"]]
+
+
+def test_alone_half_of_the_families_are_run_and_then_the_other_half() -> None:
+    families = [(("family", name),) for name in sorted(tiny.FAMILIES)]
+    made = covering.Design()
+    taken = [{covering.kind_of(families[i][0]) for i in made.choose(families)} for _ in range(2)]
+    kinds = {covering.kind_of(family) for (family,) in families}
+    assert taken[0] | taken[1] == kinds
+    assert len(taken[0]) == len(taken[1]) == (len(kinds) + 1) // 2
+
+
+def test_families_alike_are_known() -> None:
     assert set(covering.ALIKE) | set(covering.ALIKE.values()) <= set(tiny.FAMILIES)
     assert not set(covering.ALIKE) & set(covering.ALIKE.values())
 
 
 def test_this_very_run_covers_every_pair(request: pytest.FixtureRequest) -> None:
-    """Of kinds in every test function, of values in the suite: of all that was collected."""
+    """Of kinds in every test function, of shared values in the suite: of all that was collected."""
     everything, chosen = request.config.stash[covering.COLLECTED]
     run = covering.functions(chosen)
-    wanted, met = set(), set()
+    met, values = set(), set()
     for function, items in covering.functions(everything).items():
         cases = [covering.case_of(item) for item in items]
         kept = [covering.case_of(item) for item in run[function]]
         if not all(cases):
             assert len(kept) == len(cases)
             continue
-        for case in cases:
-            wanted |= covering.pairs_of(case)
         for case in kept:
             met |= covering.pairs_of(case)
+            values |= {frozenset([value]) for value in case}
         kinds = [
             set().union(*(covering.pairs_of(map(covering.kind_of, case)) for case in some))
             for some in (cases, kept)
         ]
-        assert kinds[0] == kinds[1], function
-    assert wanted == met
+        if {axis for case in cases for axis, _ in case} == {"family"}:
+            assert len(kinds[1]) == (len(kinds[0]) + 1) // 2, function
+        else:
+            assert kinds[0] == kinds[1], function
+    wanted = covering.wanted_of(everything)
+    assert wanted <= met | values
+    families = {frozenset([("family", name)]) for name in tiny.FAMILIES}
+    assert families <= wanted or len(run) < 100  # of a few files, those that they name
 
 
 @pytest.mark.parametrize(("a", "b"), [(1, 2), (3, 4)])

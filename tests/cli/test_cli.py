@@ -351,8 +351,9 @@ needs_videos = pytest.mark.skipif(not CLIPS, reason="no ../shared/videos beside 
 
 
 @needs_videos
-@pytest.mark.parametrize("name", CLIPS)
-def test_every_real_clip_in_a_process_of_its_own(name: str) -> None:
+@pytest.mark.parametrize("name", ["corrupted.mp4", "h265.mp4"])
+def test_a_real_clip_in_a_process_of_its_own(name: str) -> None:
+    """What FFmpeg writes to the process's own stderr stays away, too."""
     args = [sys.executable, "-c", "from dycoke.cli import main; main()", "run", str(VIDEOS / name)]
     args += ["--frames", "33", "--max-new-tokens", "3", "--json"]
     done = subprocess.run(args, capture_output=True, text=True, check=False)
@@ -368,7 +369,7 @@ def test_every_real_clip_in_a_process_of_its_own(name: str) -> None:
 
 
 @needs_videos
-@pytest.mark.parametrize("frames", [1, 2, 3, 5, 7, 33])
+@pytest.mark.parametrize("frames", [1, 5, 33])
 @pytest.mark.parametrize("name", CLIPS)
 def test_every_real_clip_at_every_frame_count(run: Any, name: str, frames: int) -> None:
     args = ("run", VIDEOS / name, "--frames", frames, "--max-new-tokens", 2, "--json")

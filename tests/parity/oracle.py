@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -147,12 +148,19 @@ class Answer:
     kept_rows: int
 
 
+@lru_cache(maxsize=8)
+def _eager(model: Any) -> Any:
+    """A copy with plain attention; oracles change nothing in it and may share it."""
+    copied = copy.deepcopy(model)
+    copied.set_attn_implementation("eager")
+    return copied
+
+
 class Oracle:
     """Greedy generation for one sample (no batch, no padding), one or more turns."""
 
     def __init__(self, model: Any, family: str, *, K: float, P: float, L: int, **options: Any):
-        self.model = copy.deepcopy(model)
-        self.model.set_attn_implementation("eager")
+        self.model = _eager(model)
         self.family = family
         self.spatial = family.startswith(("qwen", "glm"))  # 3-D positions
         self.K, self.P, self.L = K, P, L
@@ -374,8 +382,10 @@ class Oracle:
             unseen &= (block[i] != block[j]) | (block[j] < 0)
         unseen |= i - j >= window
         if hide:
+            unseen[:, list(self.gone)] = True
             for number, row in enumerate(self.rows):
-                unseen[number, list(row.hidden | self.gone)] = True
+                if row.hidden:
+                    unseen[number, list(row.hidden)] = True
         least = torch.finfo(hidden.dtype).min
         return torch.where(unseen, least, 0.0).to(hidden)[None, None]
 
