@@ -52,6 +52,11 @@ def parameters(module: Any) -> tuple[str, ...]:
     return _parameters(type(module).forward)[1:]
 
 
+def named(module: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward by name, as a new dictionary."""
+    return {**dict(zip(parameters(module), args, strict=False)), **kwargs}
+
+
 def cache_name(module: Any) -> str:
     """What the forward of ``module`` calls its KV cache, and generate, too."""
     return _first(parameters(module), f"{type(module).__name__}.forward")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from dycoke.core.engine import Engine, engine_of
 from dycoke.core.method import Method
 from dycoke.core.records import Trace
+from dycoke.errors import check_between, check_count
 from dycoke.models import Layout
 from dycoke.models.locate import FrameSource
 from dycoke.report import Report
@@ -59,7 +60,40 @@ class Compressor(Method):
 
     What it may do, and when, is `Method`'s. A subclass is a frozen dataclass, too, and its fields
     are its settings: ``@dataclass(frozen=True)`` stands above every one.
+
+    Parameters
+    ----------
+    echo : float in [0, 1]
+        Share of the decoder's layers, from the first on, in which the frames of a prompt still see
+        what was merged away, as keys and values alone (`dycoke.core.echo`). Nothing of it is
+        cached, and a decode step reads nothing of it. 0, the default, is every paper's method as
+        it was published.
+    echo_exact : int, at least 0
+        The first of these layers in which it is computed in full, not guessed.
     """
+
+    echo: float = field(default=0.0, kw_only=True)
+    echo_exact: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__  # the only way into a frozen dataclass
+        set_field(self, "echo", check_between("echo", self.echo, 0, 1))
+        set_field(self, "echo_exact", check_count("echo_exact", self.echo_exact, 0))
+        name = type(self).__name__
+        if self.echo_exact and not self.echo:
+            raise ValueError(
+                f"echo_exact={self.echo_exact} computes what echo=0 leaves out; set echo, too"
+            )
+        if self.echo and type(self).merge_tokens is Method.merge_tokens:
+            raise ValueError(
+                f"echo={self.echo:g} shows what was merged before the LLM, and {name} merges "
+                "nothing there; use echo=0"
+            )
+        if self.echo and self.positions != "original":
+            raise ValueError(
+                f"echo={self.echo:g} needs the positions of what was merged, which "
+                f"positions={self.positions!r} closes up; use positions='original'"
+            )
 
     def __call__(
         self,

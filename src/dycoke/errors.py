@@ -62,6 +62,17 @@ def check_count(name: str, value: object, least: int = 1) -> int:
     return int(value)
 
 
+def check_layer(name: str, value: object) -> int | float:
+    """Return ``value`` as an int of at least 0 or a float in [0, 1), or say what is wrong."""
+    allowed = f"{name} must be an integer of at least 0 (a layer) or a float in [0, 1) (a share)"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{allowed}, got {value!r}")
+    layer = int(value) if isinstance(value, numbers.Integral) else float(value)
+    if layer < 0 or (isinstance(layer, float) and layer >= 1):
+        raise ValueError(f"{allowed}, got {value!r}")
+    return layer
+
+
 def check_budget(name: str, value: object) -> int | float:
     """Return ``value`` as an int of at least 1 or a float in (0, 1], or say what is wrong."""
     allowed = f"{name} must be an integer of at least 1 (tokens) or a float in (0, 1] (a share)"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,18 +20,22 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from dycoke import compat
-from dycoke.attention import Override, query_scores
+from dycoke.attention import Handler, Override, query_scores
 from dycoke.core import guards
 from dycoke.core.cache_rules import DycokeCache, adopt, prompt_of
 from dycoke.core.drop import drop_rows, last_token_scores, shorten_layer
+from dycoke.core.echo import echoes_of
+from dycoke.core.echo_hooks import EchoHooks
+from dycoke.core.forward import Forward
 from dycoke.core.generate import GenerateHooks, state_positions
+from dycoke.core.late import late_scores
 from dycoke.core.layers import plan_layers
 from dycoke.core.method import Method
 from dycoke.core.positions import compacted, offset_after
 from dycoke.core.prefill import contexts_of, shorten, start
-from dycoke.core.records import IDLE, Record, Records
+from dycoke.core.records import IDLE, Records
 from dycoke.errors import UnsupportedError
-from dycoke.models import Layout, Masks, VideoSpan
+from dycoke.models import Layout, Masks
 from dycoke.models.locate import Finder, FrameSource
 from dycoke.patching import Patches
 from dycoke.vision.scores import Vision
@@ -47,46 +50,6 @@ def engine_of(model: Any) -> Engine | None:
     """The engine that is on this model now, if any."""
     engine = _ENGAGED.get(guards.transformers_model(model).get_decoder())
     return None if engine is None else engine()
-
-
-@dataclass(eq=False)
-class Forward:
-    """One forward of the model, from its first hook to its last.
-
-    Attributes
-    ----------
-    labels, encoded : whether labels were given; the vision encoder's outputs, where they were.
-    inputs : what the base model received, by name.
-    videos, reason : the video tokens of the prompt, or why there is nothing to compress.
-    length : tokens that come into the decoder, before any are dropped.
-    cache, prefill : ours, where there is one; and whether it is new.
-    decodes : whether it takes the view of a decode step.
-    record, decode_step : where it is counted, and whether as a decode step.
-    attention_mask : the user's, (B, logical length), or None.
-    lower_mask, upper_masks : which keys the lower layers may see, (B, rows), or None; per device,
-        what the upper layers hand to their attention function.
-    scores, source : where a method drops rows inside: attention of each prompt's last token,
-        (B, rows), and the rows that stayed, (B, rows left), once they are known.
-    reached : calls of overridden attention modules, to know that none went another way.
-    """
-
-    labels: bool = False
-    encoded: Any = None
-    inputs: dict[str, Any] = field(default_factory=dict)
-    videos: list[VideoSpan] = field(default_factory=list)
-    reason: str | None = None
-    length: int = 0
-    cache: DycokeCache | None = None
-    prefill: bool = False
-    record: Record | None = None
-    decode_step: bool = False
-    decodes: bool = False
-    attention_mask: Tensor | None = None
-    lower_mask: Tensor | None = None
-    upper_masks: dict[torch.device, Any] = field(default_factory=dict)
-    scores: Tensor | None = None
-    source: Tensor | None = None
-    reached: int = 0
 
 
 class _Local(threading.local):
@@ -145,9 +108,18 @@ class Engine:
             _ENGAGED[self.decoder] = weakref.ref(self)
         patches, plan = self._patches, self.layers
         try:
+            echoes = None
+            if plan.echoes:
+                echoes = EchoHooks(patches, self.decoder, plan, lambda: self.running)
             for i, layer in enumerate(self.decoder.layers):
-                if i == plan.scoring or i in plan.upper:
-                    handler = self._score if i == plan.scoring else self._attend
+                handler: Handler | None = None
+                if i == plan.scoring:
+                    handler = self._score_late if plan.late else self._score
+                elif i in plan.upper:
+                    handler = self._attend
+                if echoes is not None and i in plan.echoes:
+                    handler = echoes.over(handler)
+                if handler is not None:
                     Override(patches, compat.attention_of(layer), handler)
                     self._overridden += 1
                 if plan.kind == "drop" and i in plan.upper:
@@ -222,7 +194,7 @@ class Engine:
     def _named(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments of a forward by name; of the cache, which may come by its old one, too."""
         if args:
-            kwargs = {**dict(zip(compat.parameters(module), args, strict=False)), **kwargs}
+            kwargs = compat.named(module, args, kwargs)
         if self._cache_in == "cache" and "past_key_values" in kwargs:
             old = kwargs.pop("past_key_values")
             kwargs["cache"] = old if kwargs.get("cache") is None else kwargs["cache"]
@@ -266,10 +238,15 @@ class Engine:
             cache = DynamicCache(config=self.decoder.config)
         mask = guards.checked_mask(inputs.get("attention_mask"), forward.inputs)
         inputs["attention_mask"] = forward.attention_mask = mask
-        offset = offset_after(inputs.get("position_ids"), mask, embeds)
+        positions = inputs.get("position_ids")
+        offset = offset_after(positions, mask, embeds)
         seen = None if self.vision is None else self.vision.take(forward.videos, embeds.device)
         contexts = contexts_of(forward.videos, seen)
         rows, kept = shorten(inputs, forward.videos, method, cache is not False, contexts)
+        if plan.echoes:
+            forward.echoes = echoes_of(
+                embeds, positions, forward.videos, kept, rows.lower.index, inputs["inputs_embeds"]
+            )
         if plan.kind == "drop":
             forward.lower_mask = rows.lower.key_mask(
                 mask, rows.source.shape[1], rows.source.device, decode=False
@@ -338,6 +315,8 @@ class Engine:
                 self.records.measure(record, output, forward.length)
             else:
                 self._check_taken(forward, cache)
+                if forward.prefill and self.layers.late and forward.scores is not None:
+                    self._select(cache, forward.scores, decode=False)
                 cache.generation.length += forward.length
                 record.length, record.newest = cache.generation.length, forward.length
                 if cache.generation.grown or cache.generation.stock_layers:
@@ -365,16 +344,29 @@ class Engine:
             query, keys, scaling, mask = args[0], args[1], kwargs.get("scaling"), forward.lower_mask
             mask = mask if mask is None else mask.to(query.device)
             if forward.decodes:
-                self._select(forward.cache, query_scores(query, keys, scaling, mask))
+                rows = forward.cache.generation.lower_rows
+                scores = query_scores(query, keys, scaling, mask).to(rows.device).gather(1, rows)
+                self._select(forward.cache, scores)
             elif forward.prefill and self.layers.kind == "drop":
                 forward.scores = last_token_scores(query, keys, scaling, mask)
         return output
 
-    def _select(self, cache: DycokeCache, attention: Tensor) -> None:
-        """Let the method choose the active set of this step, and exchange rows."""
+    def _score_late(self, inner: Any, module: nn.Module, args: list[Any], kwargs: Any) -> Any:
+        """An upper layer that scores: those above it follow now, it and those below next time."""
+        output, forward = self._attend(inner, module, args, kwargs), self.running
+        if forward is not None and forward.cache is not None:
+            scores = late_scores(forward, module, args[0], args[1], kwargs.get("scaling"))
+            if forward.prefill:
+                forward.scores = scores  # rows move once all layers have theirs
+            else:
+                self._select(forward.cache, scores, forward.decodes)
+        return output
+
+    def _select(self, cache: DycokeCache, scores: Tensor, decode: bool = True) -> None:
+        """Let the method choose the active set by scores (B, V), and exchange rows."""
         generation = cache.generation
-        visual, record, rows = generation.visual, generation.record, generation.lower_rows
-        scores = attention.to(rows.device).gather(1, rows).masked_fill(~visual.valid, 0)
+        visual, record = generation.visual, generation.record
+        scores = scores.masked_fill(~visual.valid, 0)
         if generation.kind == "select":
             chosen, refreshed = self.method.select_tokens(scores, visual)
             recalled = cache.select(chosen)
@@ -382,7 +374,7 @@ class Engine:
                 record.refreshes = record.refreshes + refreshed
                 record.recalled = record.recalled + recalled
         cache.note(scores)
-        if record.trace is not None:
+        if record.trace is not None and decode:
             record.trace.add(generation.visual, scores)
 
     def _drop(

@@ -6,7 +6,7 @@ itself. Such layers stay as they are, over the shortened prompt.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from dycoke.core.method import Method
@@ -32,12 +32,22 @@ class LayerPlan:
         Layers above it whose rows are not those of the layers below, the lower ones.
     below : float
         Share of the layers that hold every visual row which entered the LLM.
+    echoes, exact : frozenset of int
+        Layers in which the frames of a prompt see what was merged away, and those of them that
+        compute it.
     """
 
     kind: Kind
     scoring: int | None
     upper: frozenset[int]
     below: float = 1.0
+    echoes: frozenset[int] = frozenset()
+    exact: frozenset[int] = frozenset()
+
+    @property
+    def late(self) -> bool:
+        """Whether the scoring layer is itself an upper one."""
+        return self.scoring in self.upper
 
 
 def layer_types(config: Any) -> list[str]:
@@ -74,7 +84,9 @@ def plan_layers(config: Any, method: Method, levels: int, trace: bool) -> LayerP
         _check(config, types)
         drop = method.drop_layer(len(types))
     if drop is not None:
-        return _dropping(config, type(method).__name__, types, max(drop, levels), prunes)
+        plan = _dropping(config, type(method).__name__, types, max(drop, levels), prunes)
+        echoes, exact = _echoes(method, types, min(plan.upper), "drops tokens")
+        return replace(plan, echoes=echoes, exact=exact)
     own = len(types) - (getattr(config, "num_kv_shared_layers", None) or 0)
     full = [i for i, kind in enumerate(types) if kind == FULL]
     sources = [i for i in full if i < own]
@@ -83,10 +95,52 @@ def plan_layers(config: Any, method: Method, levels: int, trace: bool) -> LayerP
     if prunes:
         _check_pruned(types, method.prune_layer, last)
     upper = frozenset(i for i in full if scoring < min(i, last) and i >= method.prune_layer)
-    scores = sources and trace
+    none: frozenset[int] = frozenset()
+    echoes, exact = none, none
+    if not method.idle:
+        echoes, exact = _echoes(method, types, own, "shares keys of other layers")
     if prunes:
-        return LayerPlan("select", scoring, upper)
-    return LayerPlan("none", scoring if scores else None, frozenset())
+        scoring = _scoring(method, types, sources, scoring)
+        return LayerPlan("select", scoring, upper, 1.0, echoes, exact)
+    return LayerPlan("none", scoring if sources and trace else None, none, 1.0, echoes, exact)
+
+
+def _scoring(method: Method, types: list[str], sources: list[int], default: int) -> int:
+    """The layer whose attention selects; ``sources`` have full attention and keys of their own."""
+    wanted = method.score_layer
+    if wanted is None:
+        return default
+    if isinstance(wanted, float):
+        return max((i for i in sources if i <= round(wanted * len(types))), default=sources[0])
+    if wanted not in sources:
+        raise UnsupportedError(
+            f"score_layer={wanted} cannot score: of the decoder's {len(types)} layers "
+            f"{', '.join(map(str, sources))} have full attention and keys of their own; choose "
+            "one of them, or a share such as 0.6"
+        )
+    return wanted
+
+
+def _echoes(
+    method: Method, types: list[str], end: int, why: str
+) -> tuple[frozenset[int], frozenset[int]]:
+    """Which layers see echoes, and which compute them; none from ``end`` on."""
+    if method.echo == 0:
+        return frozenset(), frozenset()
+    top = round(method.echo * len(types))
+    layers = [i for i in range(top) if types[i] == FULL]
+    if top > end:
+        raise UnsupportedError(
+            f"echo={method.echo:g} reaches into layer {top - 1} of {len(types)}, and layer {end} "
+            f"{why}, where echoes end; use echo={end / len(types):.3g} or less"
+        )
+    if not layers or method.echo_exact > len(layers):
+        raise UnsupportedError(
+            f"echo={method.echo:g} is {len(layers)} full-attention layers of this decoder's "
+            f"{len(types)}, and echo_exact={method.echo_exact} of them are asked for; use a "
+            "larger echo, or echo=0"
+        )
+    return frozenset(layers), frozenset(layers[: method.echo_exact])
 
 
 def _dropping(config: Any, name: str, types: list[str], drop: int, prunes: bool) -> LayerPlan:

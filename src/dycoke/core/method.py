@@ -81,12 +81,20 @@ class Method(ABC):
         `select_tokens` is asked.
     prune_layer : the first decoder layer that this holds for.
     positions : "original" or "compact", see `DyCoke`.
+    score_layer : the decoder layer whose attention selects, or a share of the layers; None for
+        the one below ``prune_layer``.
+    echo : share of the decoder's layers, from the first on, in which the frames of a prompt still
+        see what was merged away, see `dycoke.core.echo`.
+    echo_exact : the first of these layers that compute it instead of guessing it.
     needs_vision : whether `merge_tokens` wants the vision encoder's scores and keys.
     """
 
     prune_ratio: float = 0.0
     prune_layer: int = 1
     positions: str = "original"
+    score_layer: int | float | None = None
+    echo: float = 0.0
+    echo_exact: int = 0
     needs_vision: ClassVar[bool] = False
 
     @property

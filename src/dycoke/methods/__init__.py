@@ -21,7 +21,7 @@ from dycoke.core.method import VideoContext
 from dycoke.methods.base import OneShot, Reducer, ScoreBased, TwoStage
 from dycoke.methods.composed import Composed
 from dycoke.methods.controls import FewerFrames, RandomTokens
-from dycoke.methods.dycoke import DyCoke
+from dycoke.methods.dycoke import PLUS, DyCoke
 from dycoke.methods.fastv import FastV
 from dycoke.methods.fastvid import FastVID
 from dycoke.methods.flashvid import FlashVID
@@ -39,6 +39,12 @@ for _entry in (
         DyCoke,
         paper="https://arxiv.org/abs/2411.15024",
         source="https://github.com/KD-TAO/DyCoke",
+    ),
+    Entry(
+        "dycoke+",
+        "DyCoke, with echoes of what was merged and a later layer that scores (not the paper's)",
+        DyCoke,
+        PLUS,
     ),
     Entry("random", "control: DyCoke's counts, any tokens", RandomTokens),
     Entry("fewer-frames", "control: whole frames, not above DyCoke's counts", FewerFrames),
@@ -114,7 +120,7 @@ for _entry in (
 
 
 # Methods whose decode steps attend to a selection.
-DYNAMIC = ("dycoke", "once", "always")
+DYNAMIC = ("dycoke", "dycoke+", "once", "always")
 
 
 def create(name: str, *, retention: float | None = None) -> Compressor | None:
@@ -133,7 +139,7 @@ def create(name: str, *, retention: float | None = None) -> Compressor | None:
         For an unknown name, with those there are, and for a retention out of the method's reach.
     """
     before, plus, after = (part.strip() for part in name.partition("+"))
-    if plus:
+    if plus and after:
         first, cache = one_shot(before, retention=retention), create(after)
         if first is None:
             raise ValueError(f"{name}: nothing is composed with the full model")

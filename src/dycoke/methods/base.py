@@ -35,6 +35,7 @@ class OneShot(Compressor):
     def __post_init__(self) -> None:
         check_settings(self, check_ratio, "ratio")
         check_positions(self.positions)
+        super().__post_init__()
 
     @classmethod
     def at_retention(cls, retention: float, **settings: Any) -> Self:

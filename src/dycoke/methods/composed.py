@@ -23,8 +23,8 @@ class Composed(Compressor):
     before : Compressor
         What leaves before the LLM, such as ``VisionZip(ratio=0.75)``.
     after : DyCoke
-        ``prune_ratio``, ``prune_layer`` and ``refresh_threshold`` are taken from it; it merges
-        nothing itself.
+        ``prune_ratio``, ``prune_layer``, ``score_layer`` and ``refresh_threshold`` are taken from
+        it; it merges nothing itself, so that echoes are those of ``before``.
 
     Raises
     ------
@@ -51,9 +51,13 @@ class Composed(Compressor):
                 f"{self.before} goes on inside the LLM or while decoding; compose methods that "
                 "stop before it"
             )
+        if (self.echo, self.echo_exact) not in ((0, 0), (self.before.echo, self.before.echo_exact)):
+            raise ValueError(
+                f"echo={self.echo:g} belongs to what merges; give it to {name}, which is `before`"
+            )
         for part, names in (
-            (self.before, ("positions", "needs_vision")),
-            (self.after, ("prune_ratio", "prune_layer")),
+            (self.before, ("positions", "needs_vision", "echo", "echo_exact")),
+            (self.after, ("prune_ratio", "prune_layer", "score_layer")),
         ):
             for name in names:
                 object.__setattr__(self, name, getattr(part, name))

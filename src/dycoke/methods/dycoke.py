@@ -21,12 +21,16 @@ from dycoke.errors import (
     check_between,
     check_budget,
     check_count,
+    check_layer,
     check_one_of,
     check_ratio,
     check_retention,
 )
 from dycoke.merging import budget_mask, merge_mask, merge_mean, video_budget
 from dycoke.methods.base import check_positions, check_settings
+
+PLUS: dict[str, Any] = {"echo": 0.5, "echo_exact": 1, "score_layer": 0.6}
+"""Settings of DyCoke+ beside the paper's; chosen in docs/decisions.md, 28."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,12 @@ class DyCoke(Compressor):
         How many visual tokens enter the LLM, instead of ``merge_ratio``: an int is tokens per
         sample, shared over its videos; a float in (0, 1] is the share that each video keeps, so
         that 1 is one token and 1.0 is all. May be below one frame in each window, see
-        `dycoke.merging.budget_mask`.
+        `dycoke.merging.budget_mask`. Not the paper's.
+    score_layer : int, float or None
+        The layer whose attention chooses the active set: None is the one below ``prune_layer``, as
+        in the paper; a float in [0, 1) is a share of the layers. A layer that is pruned may score,
+        too: those above it attend to its choice at once, it and those below it from the next step
+        on (at first to that of the prompt's end). Not the paper's.
 
     Notes
     -----
@@ -70,6 +79,7 @@ class DyCoke(Compressor):
     merge: Literal["keep", "mean"] = "keep"
     positions: Literal["original", "compact"] = "original"
     token_budget: int | float | None = None
+    score_layer: int | float | None = None
 
     def __post_init__(self) -> None:
         check_settings(self, check_ratio, "merge_ratio", "prune_ratio")
@@ -77,6 +87,9 @@ class DyCoke(Compressor):
         check_settings(self, check_between, "refresh_threshold", low=0, high=1)
         check_one_of("merge", self.merge, ("keep", "mean"))
         check_positions(self.positions)
+        if self.score_layer is not None:
+            check_settings(self, check_layer, "score_layer")
+        super().__post_init__()
         if self.token_budget is not None:
             check_settings(self, check_budget, "token_budget")
             if self.merge_ratio != type(self).merge_ratio:
@@ -84,6 +97,14 @@ class DyCoke(Compressor):
                     f"merge_ratio={self.merge_ratio} and token_budget={self.token_budget} both say "
                     "how many tokens stay; give one of them"
                 )
+
+    @classmethod
+    def plus(cls, **settings: Any) -> Self:
+        """DyCoke with what this library adds to it: echoes, and a layer in the middle that scores.
+
+        ``settings`` are those of DyCoke; what they leave out are the paper's defaults and `PLUS`.
+        """
+        return cls(**{**PLUS, **settings})
 
     @classmethod
     def at_retention(cls, retention: float, **settings: Any) -> Self:

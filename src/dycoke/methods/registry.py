@@ -65,12 +65,12 @@ def register(entry: Entry) -> None:
     Raises
     ------
     ValueError
-        For a name that is taken, or that has a "+", which composes two methods.
+        For a name that is taken, or that has a "+" inside, which composes two methods.
     """
     if entry.name in METHODS:
         raise ValueError(f"there is a method {entry.name!r} already; choose another name")
-    if not entry.name or "+" in entry.name:
-        raise ValueError(f"{entry.name!r} is no name for a method: it is empty or has a '+'")
+    if not entry.name or "+" in entry.name[:-1]:
+        raise ValueError(f"{entry.name!r} is no name for a method: it is empty or has a '+' inside")
     METHODS[entry.name] = entry
 
 
