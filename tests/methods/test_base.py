@@ -132,7 +132,7 @@ def test_a_method_that_is_not_registered_can_be_written_but_not_read() -> None:
     there = Composed(Norm(0.5)).to_dict()
     assert there["before"] == {"method": "Norm", **Norm(0.5).to_dict()}
     with pytest.raises(
-        ValueError, match="unknown method 'Norm'; there are dycoke, dycoke\+, random"
+        ValueError, match=r"unknown method 'Norm'; there are dycoke, dycoke\+, random"
     ):
         Composed.from_dict(there)
 
