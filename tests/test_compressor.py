@@ -17,7 +17,8 @@ from dycoke import DyCoke, Report
 
 
 def test_defaults_and_order_of_the_public_interface() -> None:
-    names = [f.name for f in dataclasses.fields(DyCoke)]
+    names = [f.name for f in dataclasses.fields(DyCoke) if not f.kw_only]
+    assert list(DyCoke().to_dict()) == [*names, "echo", "echo_exact"]
     assert names == [
         "merge_ratio",
         "prune_ratio",
@@ -27,8 +28,10 @@ def test_defaults_and_order_of_the_public_interface() -> None:
         "merge",
         "positions",
         "token_budget",
+        "score_layer",
     ]
-    assert DyCoke() == DyCoke(0.7, 0.7, 3, 4, 0.9, "keep", "original", None)
+    paper = DyCoke(0.7, 0.7, 3, 4, 0.9, "keep", "original", None, None, echo=0, echo_exact=0)
+    assert DyCoke() == paper
 
 
 def test_immutable_and_hashable() -> None:
@@ -54,7 +57,7 @@ def test_dictionaries_round_trip(settings: DyCoke) -> None:
     there = json.loads(json.dumps(settings.to_dict()))
     assert DyCoke.from_dict(there) == settings
     assert DyCoke.from_dict({"prune_layer": 5}) == DyCoke(prune_layer=5)
-    with pytest.raises(ValueError, match="no setting 'ratio'; it has merge, merge_ratio"):
+    with pytest.raises(ValueError, match="no setting 'ratio'; it has echo, echo_exact, merge"):
         DyCoke.from_dict({"ratio": 1})
 
 

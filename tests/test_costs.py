@@ -33,9 +33,47 @@ def test_equals_a_plain_sum() -> None:
     assert result.total == result.prefill + result.decode
 
 
+def test_echoes_and_a_late_score_equal_a_plain_sum() -> None:
+    n, d, m, layers, tokens, echo, exact, frames = 600, 64, 96, 6, 5, 3, 1, 20
+    echoes, seen = 400, costs.seen_share(frames, 4)
+    assert seen == 5 / 20 and costs.seen_share(3, 4) == 1
+    more = 0.0
+    for layer in range(echo):
+        more += 2 * echoes * d * d  # keys and values
+        more += n * (echoes * seen) * d * 2  # scores and their product with values
+        if layer < exact:
+            more += 2 * echoes * d * d + 2 * echoes * d * m  # queries, outputs, an MLP
+            more += echoes * (n + echoes * seen) * d * 2
+    plain = costs.flops(1000, d, m, layers, 0.6, 0.3, tokens)
+    ours = costs.flops(
+        1000,
+        d,
+        m,
+        layers,
+        0.6,
+        0.3,
+        tokens,
+        echo_layers=echo,
+        exact_layers=exact,
+        seen=seen,
+        scores_late=True,
+    )
+    assert ours.prefill - plain.prefill == pytest.approx(more, rel=1e-12)
+    assert ours.decode - plain.decode == pytest.approx(tokens * n * d, rel=1e-12)
+    with pytest.raises(ValueError, match="exact_layers=4 must not be above echo_layers=3"):
+        costs.flops(10, 10, 10, 10, echo_layers=3, exact_layers=4)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("retention", 0), ("retention", 1.1), ("prune_ratio", 1), ("new_tokens", -1)],
+    [
+        ("seen", 1.5),
+        ("echo_layers", -1),
+        ("retention", 0),
+        ("retention", 1.1),
+        ("prune_ratio", 1),
+        ("new_tokens", -1),
+    ],
 )
 def test_bad_values_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must .*{value}"):

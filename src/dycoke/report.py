@@ -77,6 +77,11 @@ class Report(_Readable):
     below : share of the layers that hold all tokens that entered the LLM; less than 1 where a
         method drops some inside it.
     method : the name of the compressor's class.
+    echo_layers, exact_layers : how many layers saw echoes of what was merged away while the prompt
+        was read, and how many of them computed these; see `Compressor`.
+    score_layer : the layer whose attention chose what a decode step attends to; None where none
+        did.
+    scores_late : whether that layer is itself pruned, so that it multiplies once more by all keys.
     """
 
     engaged: bool
@@ -90,6 +95,10 @@ class Report(_Readable):
     samples: tuple[SampleReport, ...]
     method: str
     below: float = 1.0
+    echo_layers: int = 0
+    exact_layers: int = 0
+    score_layer: int | None = None
+    scores_late: bool = False
 
     def __str__(self) -> str:
         if not self.engaged:
@@ -114,6 +123,10 @@ class Report(_Readable):
             f"{recalled} tokens recalled",
             f"  KV cache  {_size(self.kv_bytes)} instead of {_size(self.kv_bytes_full)}",
         ]
+        if self.echo_layers:
+            lines.append(
+                f"  echoes    in {self.echo_layers} layers, {self.exact_layers} of them exact"
+            )
         return "\n".join(lines)
 
 

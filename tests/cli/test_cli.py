@@ -42,6 +42,10 @@ REPORT = [
     "samples",
     "method",
     "below",
+    "echo_layers",
+    "exact_layers",
+    "score_layer",
+    "scores_late",
 ]
 
 
@@ -401,8 +405,29 @@ def test_eval_gives_one_result_per_setting_that_begins_so(run: Any, tmp_path: Pa
     assert code == 0, err
     content = json.loads(file.read_text())
     assert (content["stories"], content["seed"]) == (1, 7)
-    assert [r["name"] for r in content["results"]] == ["full", "dycoke K=0.7 P=0.7 L=3"]
-    assert [r["retention"] == 1 for r in content["results"]] == [True, False]
+    assert [r["name"] for r in content["results"]] == [
+        "full",
+        "dycoke K=0.7 P=0.7 L=3",
+        "dycoke+ K=0.7 P=0.7 L=3",
+    ]
+    retentions = [r["retention"] for r in content["results"]]
+    assert retentions[0] == 1 > retentions[1] == retentions[2]
+    echoes = [r["settings"].get("echo") for r in content["results"]]
+    assert echoes == [None, 0, 0.5]
+
+
+def test_echoes_and_the_scoring_layer_are_options(run: Any, clip: Path) -> None:
+    name = ("--method", "visionzip", "--echo", 0.25)
+    plus = ("--method", "dycoke+", "--echo-exact", 2, "--score-layer", 5)
+    for more, told in (
+        (name, {"echo_layers": 2, "exact_layers": 0, "score_layer": None, "scores_late": False}),
+        (plus, {"echo_layers": 4, "exact_layers": 2, "score_layer": 5, "scores_late": True}),
+        ((), {"echo_layers": 0, "exact_layers": 0, "score_layer": 2, "scores_late": False}),
+    ):
+        code, out, err = run("run", clip, "--json", "--frames", 8, "--max-new-tokens", 3, *more)
+        assert code == 0, err
+        report = json.loads(out)["report"]
+        assert {key: report[key] for key in told} == told
 
 
 def test_demo_draws_its_picture(run: Any, tmp_path: Path) -> None:

@@ -204,7 +204,8 @@ def test_an_evaluation_goes_on_where_it_stopped(
 def test_a_budget_names_its_lines() -> None:
     lines = storyqa.standard_settings([{"token_budget": 0.1}], 0.5, 4)
     assert [line.name for line in lines[1:]] == [
-        f"{method} B=0.1 P=0.5 L=4" for method in ("dycoke", "random", "fewer-frames", "once")
+        f"{method} B=0.1 P=0.5 L=4"
+        for method in ("dycoke", "dycoke+", "random", "fewer-frames", "once")
     ]
     for line in lines[1:]:
         settings = line.settings

@@ -64,16 +64,16 @@ def test_one_shot_methods_are_asked_once() -> None:
     assert composed.before == methods.create("visionzip", retention=0.25)
     assert composed.after.refresh_threshold == 0 and composed.prune_ratio == 0.7
     found = retention.points(retention.USUAL)
-    assert len(found) == 1 + 5 * (len(retention.USUAL) - 1 + 2)
+    assert len(found) == 1 + 5 * (len(retention.USUAL) - 1 + 3)
     # Half of the tokens kept, of which 30 % are attended to, answers for 15 % attended, too.
-    assert len({p.setting for p in found}) == len(found) - 2
+    assert len({p.setting for p in found}) == len(found) - 3
 
 
 @pytest.mark.parametrize(
     ("names", "asked", "message"),
     [
         (["nothing"], [0.5], "unknown method 'nothing'"),
-        (["visionzip+random"], [0.5], "'random' has no dynamic cache; dycoke, once, always"),
+        (["visionzip+random"], [0.5], "'random' has no dynamic cache; dycoke, dycoke., once"),
         (["full+dycoke"], [0.5], "nothing is composed with the full model"),
         (["fastv+dycoke"], [0.5], "inside the LLM"),
         (["dycoke"], [50], r"retention must be in \(0, 1\], got 50; did you mean 0.5\?"),

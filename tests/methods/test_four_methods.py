@@ -297,9 +297,9 @@ def test_settings(method: Any) -> None:
         method(positions="new")
     settings = method(0.4)
     there = json.loads(json.dumps(settings.to_dict()))
-    assert there == {"ratio": 0.4, "positions": "original"}
+    assert there == {"ratio": 0.4, "positions": "original", "echo": 0.0, "echo_exact": 0}
     assert method.from_dict(there) == settings
-    with pytest.raises(ValueError, match="no setting 'K'; it has positions, ratio"):
+    with pytest.raises(ValueError, match="no setting 'K'; it has echo, echo_exact, pos"):
         method.from_dict({"K": 2})
 
 

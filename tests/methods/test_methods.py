@@ -51,6 +51,8 @@ def applies(name: str, family: str, model: Any) -> bool:
     method = plain(name, 0.5)
     if drops(method) and tiny.FAMILIES[family].full != (0, 1, 2, 3, 4):
         return False
+    if method.echo_exact and family == "gemma4":  # its layers are handed more than states
+        return False
     return not method.needs_vision or bool(family_of(model.config).vision_attention)
 
 

@@ -519,6 +519,8 @@ BAD = {
     "cut": -2,
     "centre_weight": 2,
     "inner": 1,
+    "echo": 1.5,
+    "echo_exact": -1,
 }
 
 

@@ -18,7 +18,8 @@ from dycoke.bench.arch import ARCHS
 from dycoke.bench.peak import peak_of_process
 from dycoke.bench.plan import Plan
 from dycoke.bench.speed import Bench, Sample
-from dycoke.costs import Shape, counted
+from dycoke.core.echo import REACH
+from dycoke.costs import Extras, Shape, counted, seen_share
 from dycoke.timing import Timings
 
 TIMED_STAGES = tuple(field.name for field in fields(Timings))
@@ -88,10 +89,18 @@ def _tokens(bench: Bench, sample: Sample) -> dict[str, Any]:
     if report is not None:
         first = report.samples[0]  # the batch repeats it
         kept, active, refreshes = first.kept_tokens, first.active_tokens, first.refreshes
-        flops = counted(kept, active, shape, new).total
+        extras = Extras(
+            first.visual_tokens - kept,
+            report.echo_layers,
+            report.exact_layers,
+            seen_share(max((video.frames for video in first.videos), default=0), REACH),
+            kept if report.scores_late else 0.0,
+        )
+        flops = counted(kept, active, shape, new, extras).total
         if report.below < 1:  # later layers hold less, in the prefill too
             lower, upper = (counted(n, n, shape, new).total for n in (kept, active))
             flops = report.below * lower + (1 - report.below) * upper
+            flops += extras.prefill(kept, shape)
     return {
         "settings": report.settings if report else {},
         "not_engaged": report.reason if report else None,

@@ -96,6 +96,9 @@ def eval_command(
     token_budget: options.TokenBudget = None,
     prune_ratio: options.PruneRatio = None,
     prune_layer: options.PruneLayer = None,
+    score_layer: options.ScoreLayer = None,
+    echo: options.Echo = None,
+    echo_exact: options.EchoExact = None,
     retentions: Annotated[
         str | None,
         typer.Option(
@@ -138,11 +141,14 @@ def eval_command(
         "token_budget": token_budget,
         "prune_ratio": prune_ratio,
         "prune_layer": prune_layer,
+        "score_layer": score_layer,
+        "echo": echo,
+        "echo_exact": echo_exact,
     }
     arena = {"methods": methods, "against": against, "picture": picture}
     _check_one_kind(retentions, standard, arena)
     if retentions is None:
-        _standard(stories, **standard)  # type: ignore[arg-type]
+        _standard(stories, settings, options.given_settings(**{**standard, "settings": None}))
     else:
         from dycoke.cli.arena import over_retentions
 
@@ -166,24 +172,19 @@ def _check_one_kind(
     )
 
 
-def _standard(
-    stories: Stories,
-    settings: str | None,
-    merge_ratio: float | None,
-    token_budget: str | None,
-    prune_ratio: float | None,
-    prune_layer: int | None,
-) -> None:
-    """Full, DyCoke and its controls; and whether the full model looks where it should."""
-    given = options.given_settings(merge_ratio, token_budget, prune_ratio, prune_layer)
-    pruning = {name: given.pop(name) for name in ("prune_ratio", "prune_layer") if name in given}
-    assistant = stories.load()
+def _standard(stories: Stories, settings: str | None, given: dict[str, Any]) -> None:
+    """Full, DyCoke and its controls; and whether the full model looks where it should.
+
+    ``given`` are settings of DyCoke: its size, and what holds for all lines.
+    """
     from dycoke.evaluate import storyqa
     from dycoke.evaluate.attention import looking
 
-    sizes = [given] if given else [{"merge_ratio": ratio} for ratio in MERGE_RATIOS]
+    assistant = stories.load()
+    size = {name: given.pop(name) for name in storyqa.SIZES if name in given}
+    sizes = [size] if size else [{"merge_ratio": ratio} for ratio in MERGE_RATIOS]
     try:
-        lines = storyqa.standard_settings(sizes, **pruning)
+        lines = storyqa.standard_settings(sizes, **given)
     except (TypeError, ValueError) as error:
         raise BadInput(str(error)) from None
     if settings is not None:
@@ -197,7 +198,11 @@ def _standard(
         scores = stories.answer(assistant, lines, bars)
         task = bars.add_task("where full looks", total=1)
         look = looking(
-            assistant, stories.split, stories.seed, min(stories.count, TRACED), prune_layer or 3
+            assistant,
+            stories.split,
+            stories.seed,
+            min(stories.count, TRACED),
+            given.get("prune_layer", 3),
         )
         bars.advance(task)
     results = storyqa.setting_results(lines, scores)

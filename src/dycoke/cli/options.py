@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,6 +64,24 @@ PruneLayer = Annotated[
     int | None,
     typer.Option(help="dycoke: first decoder layer that leaves them out [default: 3]"),
 ]
+Echo = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the layers, from the first on, where the frames still see what was merged "
+        "away, [0, 1] [default: 0; dycoke+: 0.5]"
+    ),
+]
+EchoExact = Annotated[
+    int | None,
+    typer.Option(help="The first of these layers that compute it in full [default: 0; dycoke+: 1]"),
+]
+ScoreLayer = Annotated[
+    str | None,
+    typer.Option(
+        help="dycoke: layer that chooses what a decode step attends to: 5 (a layer) or 0.6 (a "
+        "share of them) [default: the one below --prune-layer; dycoke+: 0.6]"
+    ),
+]
 
 # Options that were renamed: the new name, and how to get its value.
 RENAMED_OPTIONS = {"--ratio": "--retention, the share of the visual tokens that stays: 1 - ratio"}
@@ -85,36 +104,30 @@ def option_name(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def given_settings(
-    merge_ratio: float | None,
-    token_budget: str | None,
-    prune_ratio: float | None,
-    prune_layer: int | None,
-) -> dict[str, Any]:
-    """DyCoke's settings by name, those that were given."""
-    exclusive(merge_ratio=merge_ratio, token_budget=token_budget)
-    settings = {
-        "merge_ratio": merge_ratio,
-        "token_budget": budget_of(token_budget),
-        "prune_ratio": prune_ratio,
-        "prune_layer": prune_layer,
-    }
-    return {name: value for name, value in settings.items() if value is not None}
+def given_settings(**options: Any) -> dict[str, Any]:
+    """A method's settings by name, those that were given."""
+    exclusive(**{name: options.get(name) for name in ("merge_ratio", "token_budget")})
+    for name in ("token_budget", "score_layer"):
+        if options.get(name) is not None:
+            options[name] = _number(name, options[name])
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def method_of(name: str, retention: float | None, settings: dict[str, Any]) -> Compressor | None:
-    """A method by its name, at a retention or in DyCoke's own settings; None for the full model."""
-    from dycoke.methods import create
+    """A method by its name, at a retention, in these settings; None for the full model."""
+    from dycoke.methods import METHODS, create
 
     try:
-        if name == "dycoke" and settings:
-            return dycoke_of(retention, settings)
-        if settings:
-            names = ", ".join(map(option_name, settings))
-            raise BadInput(f"{names}: settings of dycoke, and {name} has none of them; drop them")
+        if name in ("dycoke", "dycoke+") and settings:
+            return dycoke_of(retention, {**METHODS[name].settings, **settings})
         if name == "full" and retention is not None:
             raise BadInput("--retention: the full model keeps everything; drop it")
-        return create(name, retention=retention)
+        method = create(name, retention=retention)
+        names = () if method is None else method.setting_names() & {"echo", "echo_exact"}
+        if foreign := settings.keys() - names:
+            given = ", ".join(option_name(own) for own in settings if own in foreign)
+            raise BadInput(f"{given}: settings of dycoke, and {name} has none of them; drop them")
+        return replace(method, **settings) if method is not None and settings else method
     except (TypeError, ValueError) as error:
         raise BadInput(str(error)) from None
 
@@ -130,16 +143,14 @@ def dycoke_of(retention: float | None, settings: dict[str, Any]) -> DyCoke:
     return DyCoke(token_budget=check_retention("retention", retention), **settings)
 
 
-def budget_of(text: str | None) -> int | float | None:
-    """A number of tokens, or a share: 1 is one token, 1.0 is all."""
-    if text is None:
-        return None
+def _number(name: str, text: str) -> int | float:
+    """A count, or a share: 1 is one, 1.0 is all."""
     for number in (int, float):
         try:
             return number(text)
         except ValueError:
             continue
-    raise BadInput(f"--token-budget must be a number, got {text!r}")
+    raise BadInput(f"{option_name(name)} must be a number, got {text!r}")
 
 
 def check_folder(*files: Path | None) -> None:

@@ -34,6 +34,9 @@ def run(
     token_budget: options.TokenBudget = None,
     prune_ratio: options.PruneRatio = None,
     prune_layer: options.PruneLayer = None,
+    score_layer: options.ScoreLayer = None,
+    echo: options.Echo = None,
+    echo_exact: options.EchoExact = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also run without compression, and compare.")
     ] = False,
@@ -56,7 +59,15 @@ def run(
     at_once = _encode_frames(encode_frames)
     # The file is first, since a bad one is found at once.
     frames_read, video_s = read_video(video, frames, stream, max_pixels)
-    settings = options.given_settings(merge_ratio, token_budget, prune_ratio, prune_layer)
+    settings = options.given_settings(
+        merge_ratio=merge_ratio,
+        token_budget=token_budget,
+        prune_ratio=prune_ratio,
+        prune_layer=prune_layer,
+        score_layer=score_layer,
+        echo=echo,
+        echo_exact=echo_exact,
+    )
     compressor = options.method_of(name, retention, settings)
     assistant = load_assistant(model, device, dtype)
     session = Session(

@@ -89,7 +89,7 @@ class Engine:
         self.vision: Vision | None = None
         if method.needs_vision and (trace or not method.idle):
             self.vision = Vision(self.model, family, self.finder.kinds)
-        self.records = Records(method, self.layers.below, trace)
+        self.records = Records(method, self.layers, trace)
         self.running: Forward | None = None  # the decoder's forward; one at a time
         self._local = _Local()
         self._turn = threading.Lock()

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from dycoke.compat import cache_of
+from dycoke.core.layers import LayerPlan
 from dycoke.core.method import Method, VisualTokens
 from dycoke.models import VideoSpan
 from dycoke.report import Report, SampleReport, VideoReport, share
@@ -66,7 +67,7 @@ class Record:
     method, settings : the compressor's class name and settings.
     videos : the videos of each row of the batch.
     reason : why nothing was compressed, where nothing was.
-    below : share of the layers that hold all rows, see `LayerPlan`.
+    plan : what its layers do; None where nothing was touched.
     attended : Tensor, long, (B,): visual tokens that a decode step attends to; None where nothing
         was touched.
     refreshes, recalled : Tensor, long, (B,), without the first selection; 0 before that.
@@ -85,7 +86,7 @@ class Record:
     videos: list[list[VideoReport]]
     reason: str | None = None
     trace: Trace | None = None
-    below: float = 1.0
+    plan: LayerPlan | None = None
     attended: Tensor | None = None
     refreshes: Tensor | int = 0
     recalled: Tensor | int = 0
@@ -98,6 +99,11 @@ class Record:
     number: int = 0
     call: int = 0
     secondary: bool = False
+
+    @property
+    def below(self) -> float:
+        """Share of the layers that hold all rows."""
+        return 1.0 if self.plan is None else self.plan.below
 
     def measure(self, cache: Any) -> None:
         """Read from the cache what its layers hold."""
@@ -152,6 +158,9 @@ class Record:
                 row * (length if w is None else min(older, w - 1) + self.newest)
                 for row, w in self.rows
             )
+        plan, echoes = self.plan, (0, 0)
+        if plan is not None and kept < visual:
+            echoes = len(plan.echoes), len(plan.exact)
         return Report(
             engaged=reason is None,
             reason=reason,
@@ -164,6 +173,10 @@ class Record:
             samples=samples,
             below=self.below,
             method=self.method,
+            echo_layers=echoes[0],
+            exact_layers=echoes[1],
+            score_layer=plan.scoring if plan is not None and plan.kind == "select" else None,
+            scores_late=plan is not None and plan.kind == "select" and plan.late,
         )
 
 
@@ -218,8 +231,8 @@ class Records:
     listed, but it is not what `last` means.
     """
 
-    def __init__(self, method: Method, below: float, trace: bool) -> None:
-        self.method, self.below, self.trace = method, below, trace
+    def __init__(self, method: Method, plan: LayerPlan, trace: bool) -> None:
+        self.method, self.plan, self.trace = method, plan, trace
         self.listed: deque[Record] = deque(maxlen=100)
         self._by_cache: weakref.WeakKeyDictionary[Any, Record] = weakref.WeakKeyDictionary()
         self._local, self._numbers = _Local(), itertools.count()
@@ -247,7 +260,7 @@ class Records:
         by_sample = videos_by_sample(videos, counts, batch)
         record = Record(type(self.method).__name__, self.method.to_dict(), by_sample, reason)
         if kept is not None:
-            record.below = self.below
+            record.plan = self.plan
         if self.trace and kept is not None:
             record.trace = Trace([SampleTrace(keep=[]) for _ in range(batch)])
             for span, mask in zip(videos, kept, strict=True):

@@ -94,11 +94,11 @@ def picture(rows: Sequence[Result], title: str) -> Figure:
                 panel.axhline(_percent(full, task), color="black", lw=1, ls=":", label="full")
             for method, by in _of(rows, basis).items():
                 place = names.index(method)
-                ours = method.endswith("dycoke")
+                ours = method.endswith(("dycoke", "dycoke+"))
                 shares = sorted(by)
                 x = [by[s]["retention" if basis == "kept" else "target_retention"] for s in shares]
                 y = [_percent(by[s], task) for s in shares]
-                colour = "black" if method == "dycoke" else f"C{place % 10}"
+                colour = {"dycoke": "black", "dycoke+": "crimson"}.get(method, f"C{place % 10}")
                 panel.plot(
                     x,
                     y,

@@ -68,7 +68,7 @@ def points(names: Sequence[str], retentions: Sequence[float] = RETENTIONS) -> li
 
 
 def _points(name: str, share: float) -> list[Point]:
-    if "+" in name:
+    if name not in methods.METHODS and "+" in name[:-1]:
         return [_point(name, share, ("kept",), methods.create(name, retention=share))]
     if name not in methods.DYNAMIC:
         return [_point(name, share, BASES, methods.one_shot(name, retention=share))]

@@ -23,14 +23,22 @@ from dycoke.compat import cache_name, cache_of, chat_prompt
 from dycoke.compressor import Compressor
 from dycoke.evaluate.stats import Count, paired_difference, wilson
 from dycoke.methods.controls import FewerFrames, RandomTokens
-from dycoke.methods.dycoke import DyCoke
+from dycoke.methods.dycoke import PLUS, DyCoke
 from dycoke.nano import stories
 from dycoke.nano.build import TOKENS_PER_FRAME
 
 VISUAL = stories.FRAMES * TOKENS_PER_FRAME  # tokens of a story; a newline follows
 CHUNK = 16  # stories whose videos are held at once
 BATCH = 32  # prompts at once: more does not pay on two cores
-SETTING_NAMES = {"merge_ratio": "K", "token_budget": "B"}  # as lines of the table say it
+SIZES = {"merge_ratio": "K", "token_budget": "B"}
+SETTING_NAMES = {  # as lines of the table say it
+    **SIZES,
+    "prune_ratio": "P",
+    "prune_layer": "L",
+    "score_layer": "S",
+    "echo": "E",
+    "echo_exact": "X",
+}
 ANSWER_TOKENS = {"ask": 12, "describe": 64}
 TASKS = tuple(ANSWER_TOKENS)
 
@@ -52,19 +60,25 @@ DEFAULT_SIZES = tuple({"merge_ratio": ratio} for ratio in (0.3, 0.5, 0.7))
 
 
 def standard_settings(
-    sizes: Sequence[dict[str, Any]] = DEFAULT_SIZES, prune_ratio: float = 0.7, prune_layer: int = 3
+    sizes: Sequence[dict[str, Any]] = DEFAULT_SIZES,
+    prune_ratio: float = 0.7,
+    prune_layer: int = 3,
+    **more: Any,
 ) -> list[Setting]:
-    """Full, DyCoke at some merge ratios or token budgets, and the controls at the last of them."""
+    """Full, DyCoke and DyCoke+ at some merge ratios or token budgets, and controls at the last."""
 
-    def line(method: str, make: type[DyCoke], size: dict[str, Any], **more: Any) -> Setting:
-        what = " ".join(f"{SETTING_NAMES[key]}={value}" for key, value in size.items())
-        compressor = make(**size, prune_ratio=prune_ratio, prune_layer=prune_layer, **more)
-        return Setting(f"{method} {what} P={prune_ratio} L={prune_layer}", method, compressor)
+    common = {"prune_ratio": prune_ratio, "prune_layer": prune_layer, **more}
+
+    def line(method: str, make: type[DyCoke], size: dict[str, Any], **own: Any) -> Setting:
+        named = {**size, **common}
+        what = " ".join(f"{SETTING_NAMES[k]}={v}" for k, v in named.items())
+        return Setting(f"{method} {what}", method, make(**{**own, **named}))
 
     last = sizes[-1]
     return [
         Setting("full", "full", None),
         *(line("dycoke", DyCoke, size) for size in sizes),
+        *(line("dycoke+", DyCoke, size, **PLUS) for size in sizes),
         line("random", RandomTokens, last),
         line("fewer-frames", FewerFrames, last),
         line("once", DyCoke, last, refresh_threshold=0),

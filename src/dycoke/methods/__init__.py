@@ -14,6 +14,7 @@ In your own project step 2 is ``register(Entry(...))``; ``examples/new_method.py
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from dycoke.compressor import Compressor
@@ -21,7 +22,7 @@ from dycoke.core.method import VideoContext
 from dycoke.methods.base import OneShot, Reducer, ScoreBased, TwoStage
 from dycoke.methods.composed import Composed
 from dycoke.methods.controls import FewerFrames, RandomTokens
-from dycoke.methods.dycoke import PLUS, DyCoke
+from dycoke.methods.dycoke import ECHO, PLUS, DyCoke
 from dycoke.methods.fastv import FastV
 from dycoke.methods.fastvid import FastVID
 from dycoke.methods.flashvid import FlashVID
@@ -128,7 +129,8 @@ def create(name: str, *, retention: float | None = None) -> Compressor | None:
 
     Parameters
     ----------
-    name : a key of `METHODS`; or two joined by "+", such as "visionzip+dycoke": a one-shot method
+    name : a key of `METHODS`; one of them with a "+" behind it, such as "visionzip+": with echoes,
+        as DyCoke+ has them; or two joined by "+", such as "visionzip+dycoke": a one-shot method
         before the LLM, and the dynamic cache of another one while decoding.
     retention : share of the visual tokens that stay, in (0, 1], as the method counts them: where it
         drops some inside the LLM, a mean over the layers. None for the method's default setting.
@@ -138,8 +140,8 @@ def create(name: str, *, retention: float | None = None) -> Compressor | None:
     ValueError
         For an unknown name, with those there are, and for a retention out of the method's reach.
     """
-    before, plus, after = (part.strip() for part in name.partition("+"))
-    if plus and after:
+    if joined := re.fullmatch(r"(\w[\w-]*\+?)\s*\+\s*(\w.*)", name):
+        before, after = joined.groups()
         first, cache = one_shot(before, retention=retention), create(after)
         if first is None:
             raise ValueError(f"{name}: nothing is composed with the full model")
@@ -148,10 +150,17 @@ def create(name: str, *, retention: float | None = None) -> Compressor | None:
                 f"{name}: {after!r} has no dynamic cache; {', '.join(DYNAMIC)} have one"
             )
         return Composed(first, replace(cache, merge_ratio=0))
-    if name not in METHODS:
+    known = name in METHODS
+    entry = METHODS.get(name if known else name.removesuffix("+"))
+    if entry is None:
         raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
     try:
-        return METHODS[name].make(retention)
+        method = entry.make(retention)
+        if known:
+            return method
+        if method is None:
+            raise ValueError("the full model merges nothing that could have an echo")
+        return replace(method, **ECHO)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 

@@ -29,7 +29,9 @@ from dycoke.errors import (
 from dycoke.merging import budget_mask, merge_mask, merge_mean, video_budget
 from dycoke.methods.base import check_positions, check_settings
 
-PLUS: dict[str, Any] = {"echo": 0.5, "echo_exact": 1, "score_layer": 0.6}
+ECHO: dict[str, Any] = {"echo": 0.5, "echo_exact": 1}
+"""Echoes as DyCoke+ has them."""
+PLUS: dict[str, Any] = {**ECHO, "score_layer": 0.6}
 """Settings of DyCoke+ beside the paper's; chosen in docs/decisions.md, 28."""
 
 
