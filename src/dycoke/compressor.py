@@ -126,7 +126,9 @@ class Compressor(Method):
     def to_dict(self) -> dict[str, Any]:
         """The settings, ready for JSON; `dycoke.methods.to_dict` adds the method's name."""
         self.setting_names()
-        own = sorted(fields(self), key=lambda field: field.kw_only is True)  # echoes behind the method's
+        own = sorted(
+            fields(self), key=lambda field: field.kw_only is True
+        )  # echoes behind the method's
         values = asdict(self)
         return {field.name: values[field.name] for field in own}
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from statistics import median
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
 from dycoke.cli.console import out
-from dycoke.cli.session import Session, load_assistant, read_video, report_table
+from dycoke.cli.session import STAGE_ROWS, Session, load_assistant, read_video
+
+if TYPE_CHECKING:
+    from dycoke.assistant import Answer
+    from dycoke.nano.stories import Story
+
+TURNS = 3  # of all methods, one after the other
+MAX_NEW_TOKENS = 64
 
 
 def demo(
@@ -22,25 +31,66 @@ def demo(
 
     from dycoke.methods.dycoke import DyCoke
     from dycoke.nano import stories
+    from dycoke.picture import draw
 
-    story, settings = stories.make("seen", seed), DyCoke()
+    story = stories.make("seen", seed)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "story.mp4"
         stories.write(story, path)
         video, video_s = read_video(path, stories.FRAMES)
     assistant = load_assistant(None, None, None, own_world=True)
-    session = Session(assistant, video, video_s, stories.DESCRIBE[0], 64)
+    session = Session(assistant, video, video_s, stories.DESCRIBE[0], MAX_NEW_TOKENS)
     out.print(f"[bold]truth:[/bold] {stories.describe(story)}")
     session.warm_up()
-    full, answer = session.ask(None), session.ask(settings)
-    out.print(report_table(answer, full, session.title(settings)))
+    methods = {"full": None, "DyCoke": DyCoke(), "DyCoke+": DyCoke.plus()}
+    answers: dict[str, list[Answer]] = {name: [] for name in methods}
+    for turn in range(TURNS):
+        session.quiet = turn > 0
+        for name, method in methods.items():
+            session.method = name
+            answers[name].append(session.ask(method))
+    out.print(_compared(answers, story))
 
-    from dycoke.picture import draw
-
-    traced = assistant.ask(video, session.prompt, settings, max_new_tokens=64, trace=True)
+    traced = assistant.ask(
+        video, session.prompt, methods["DyCoke+"], max_new_tokens=MAX_NEW_TOKENS, trace=True
+    )
     assert traced.trace is not None
     sample = traced.trace.samples[0]
     side = round(sample.keep[0].shape[1] ** 0.5)
-    title = f"truth: {stories.describe(story)}\nDyCoke: {traced.text[:200]}"
+    title = f"truth: {stories.describe(story)}\nDyCoke+: {traced.text[:200]}"
     draw(video.frames, sample, traced.tokens, title, (side, side)).save(picture)
     out.print(f"saved {picture}: kept tokens, and the frames that each word looked at")
+
+
+def _compared(answers: dict[str, list[Answer]], story: Story) -> Table:
+    """What each method told, held and took; the first one is the full model."""
+    from dycoke.nano import stories
+
+    table = Table(title=f"medians of {TURNS} turns, methods one after the other")
+    table.add_column()
+    for name in answers:
+        table.add_column(name, justify="right")
+    firsts = [made[0] for made in answers.values()]
+    events = len(story.events)
+    right = (f"{stories.events_right(a.text, story)} of {events}" for a in firsts)
+    table.add_row("events told right", *right)
+    sample = next(a.report.samples[0] for a in firsts if a.report is not None)
+    whole = sample.visual_tokens
+    for title, key in (
+        ("visual tokens prefilled", "kept_tokens"),
+        ("visual tokens attended", "active_tokens"),
+    ):
+        counts = (whole if a.report is None else a.report.samples[0][key] for a in firsts)
+        table.add_row(title, *map(str, counts))
+    full_bytes = next(a.report.kv_bytes_full for a in firsts if a.report is not None)
+    held = (full_bytes if a.report is None else a.report.kv_bytes for a in firsts)
+    table.add_row("KV cache, KiB", *(f"{count / 1024:.0f}" for count in held))
+    for title, key in STAGE_ROWS.items():
+        seconds = [median(getattr(a.timings, key) for a in made) for made in answers.values()]
+        cells = [f"{s:.4f}" if key == "per_token_s" else f"{s:.3f}" for s in seconds]
+        if key in ("prefill_s", "per_token_s", "total_s"):
+            cells[1:] = [
+                f"{c} ({seconds[0] / s:.2f}x)" for c, s in zip(cells[1:], seconds[1:], strict=True)
+            ]
+        table.add_row(title, *cells)
+    return table

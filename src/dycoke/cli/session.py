@@ -111,7 +111,7 @@ class Session:
         """What tables and answers call it."""
         if compressor is None:
             return "full"
-        return "DyCoke" if self.method == "dycoke" else self.method
+        return {"dycoke": "DyCoke", "dycoke+": "DyCoke+"}.get(self.method, self.method)
 
     def warm_up(self) -> None:
         """Run once without timing, or whichever comes first would pay for starting up."""
