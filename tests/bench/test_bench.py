@@ -416,7 +416,9 @@ def test_methods_are_listed(run: Any) -> None:
 
 def held(method: Compressor, features: torch.Tensor) -> float:
     """Visual tokens that a method holds before it decodes, a mean over 28 layers."""
-    clip = VideoContext(torch.rand(features.shape[:2]), torch.randn(*features.shape[:2], 6))
+    clip = VideoContext(
+        torch.rand(features.shape[:2]), torch.randn(*features.shape[:2], 6), grid=(3, 4)
+    )
     features, keep = method.merge_tokens(features, clip)
     states, layer = features[keep], method.drop_layer(28)
     if layer is None:

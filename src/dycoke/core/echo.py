@@ -11,11 +11,11 @@ later, keeps to the rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dycoke.models import VideoSpan
 
@@ -25,10 +25,10 @@ REACH = 4
 BLOCK = 256
 """Queries whose mask is made at once."""
 
-FAR = 1 << 40  # behind every row
+KEPT_MASKS = 1 << 22
+"""Places of masks that are kept from layer to layer; larger ones are made anew in each."""
 
-# (query, keys, values, mask) -> (B, Q, H, D): attention of (B, H, Q, D) queries to (B, G, T, D).
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+FAR = 1 << 40  # behind every row
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +40,13 @@ class Visible:
     rows, echoes : Tensor, long, (2, B, Q): the first one, and the one behind the last.
     blocks : for each `BLOCK` of queries the rows and the echoes that any of them sees, as (rows,
         first echo, last echo); rows are counted from 0.
+    masks : those of blocks, where they are kept.
     """
 
     rows: Tensor
     echoes: Tensor
     blocks: list[tuple[int, int, int]]
+    masks: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, rows: Tensor, echoes: Tensor) -> Visible:
@@ -63,15 +65,19 @@ class Visible:
         return cls(rows, echoes, [(end, low, high) for end, low, high in bounds])
 
     def attend(
-        self, query: Tensor, rows: Sequence[Tensor], echoes: Sequence[Tensor], attention: Attention
+        self,
+        query: Tensor,
+        rows: Sequence[Tensor],
+        echoes: Sequence[Tensor],
+        scaling: float | None = None,
     ) -> Tensor:
         """Attention over what is seen, a block of queries at a time.
 
         Parameters
         ----------
         query : Tensor, (B, H, Q, D)
-        rows, echoes : keys and values, (B, G, R, D) and (B, G, E, D).
-        attention : the attention function.
+        rows, echoes : keys and values, (B, G, R, D) and (B, G, E, D); H is a multiple of G.
+        scaling : factor of the products; None for ``D ** -0.5``.
 
         Returns
         -------
@@ -79,35 +85,57 @@ class Visible:
 
         Notes
         -----
-        Beside keys and values of one block there is its mask: memory grows with the prompt's
-        length, not with its square.
+        Beside keys and values there is the mask of one block: memory grows with the prompt's
+        length, not with its square. What a block needs has the same size in all of them, or lies in
+        a buffer, since pieces that grow from block to block would tear the allocator's memory.
         """
-        made = []
+        window = max(high - low for _, low, high in self.blocks)
+        heads = query.shape[1]
+        keys, values = (_room_before(part, window, heads) for part in rows)
+        made = query.new_empty(query.shape[0], query.shape[2], heads, values.shape[-1])
         for i, (end, low, high) in enumerate(self.blocks):
-            part = slice(i * BLOCK, (i + 1) * BLOCK)
-            keys, values = (
-                torch.cat([row[:, :, :end], echo[:, :, low:high]], 2)
-                for row, echo in zip(rows, echoes, strict=True)
-            )
-            mask = self._mask(part, end, low, high).to(query.device)
-            made.append(attention(query[:, :, part], keys, values, mask))
-        return torch.cat(made, 1)
+            part, seen = slice(i * BLOCK, (i + 1) * BLOCK), slice(window - high + low, window + end)
+            for buffer, echo in ((keys, echoes[0]), (values, echoes[1])):
+                groups = buffer.view(*echo.shape[:2], -1, *buffer.shape[2:])
+                groups[..., seen.start : window, :] = echo[:, :, None, low:high]
+            made[:, part] = nn.functional.scaled_dot_product_attention(
+                query[:, :, part],
+                keys[:, :, seen],
+                values[:, :, seen],
+                self._mask(i, window, rows[0].shape[2], query)[..., seen],
+                scale=scaling,
+            ).transpose(1, 2)
+        return made
 
-    def _mask(self, part: slice, end: int, low: int, high: int) -> Tensor:
-        """Bool (B, 1, queries, keys)."""
-        device = self.rows.device
-        ranges = (
-            (self.rows, torch.arange(end, device=device)),
-            (
-                self.echoes,
-                torch.arange(low, high, device=device),
-            ),
-        )
+    def _mask(self, block: int, window: int, rows: int, query: Tensor) -> Tensor:
+        """What is added to a block's products: (B, 1, queries, window + rows), 0 or -inf.
+
+        Echoes stand in front of the rows, the last one that a block sees in the last place.
+        """
+        if block in self.masks:
+            return self.masks[block].to(query.device, query.dtype)
+        _, _, last = self.blocks[block]
+        part, device = slice(block * BLOCK, (block + 1) * BLOCK), self.rows.device
         seen = [
-            (places >= begin[:, part, None]) & (places < stop[:, part, None])
-            for (begin, stop), places in ranges
+            (number >= begin[:, part, None]) & (number < stop[:, part, None])
+            for (begin, stop), number in (
+                (self.echoes, torch.arange(last - window, last, device=device)),
+                (self.rows, torch.arange(rows, device=device)),
+            )
         ]
-        return torch.cat(seen, 2)[:, None]
+        hidden = torch.cat(seen, 2).logical_not_()[:, None].to(query.device)
+        mask = query.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        if len(self.blocks) * mask.numel() <= KEPT_MASKS:
+            self.masks[block] = mask
+        return mask
+
+
+def _room_before(values: Tensor, window: int, heads: int) -> Tensor:
+    """Values (B, G, R, D) behind ``window`` free places, for all heads: (B, H, window + R, D)."""
+    batch, groups, count, width = values.shape
+    made = values.new_empty(batch, groups, heads // groups, window + count, width)
+    made[..., window:, :] = values[:, :, None]
+    return made.flatten(1, 2)
 
 
 @dataclass(eq=False)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dycoke import compat
 from dycoke.attention import Handler
@@ -180,11 +179,7 @@ def _attend(
     others = echoes.keys_and_values if others is None else others
     if rows is None or others is None:
         raise compat.unknown(f"{type(module).__name__} attends before its keys are known")
-    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    made = visible.attend(
-        query, rows, others, lambda q, k, v, mask: sdpa(module, q, k, v, mask, scaling=scaling)[0]
-    )
-    return made, None
+    return visible.attend(query, rows, others, scaling), None
 
 
 def _plainly(inner: Any, module: nn.Module, args: list[Any], kwargs: Any) -> Any:

@@ -30,12 +30,15 @@ class VideoContext:
         Visual tokens of each video of the sample, this one included; () for this one alone.
     index : int
         Which of them this is.
+    grid : (int, int) or None
+        Height and width of a frame in tokens, N of them in raster order.
     """
 
     scores: Tensor | None = None
     keys: Tensor | None = None
     tokens: tuple[int, ...] = ()
     index: int = 0
+    grid: tuple[int, int] | None = None
 
     @property
     def encoder_attention(self) -> EncoderAttention:

@@ -131,7 +131,7 @@ def contexts_of(
         videos.append(span.positions.numel())
     known = [(None, None)] * len(spans) if seen is None else seen
     return [
-        VideoContext(scores, keys, tuple(sizes[span.sample]), number)
+        VideoContext(scores, keys, tuple(sizes[span.sample]), number, span.grid)
         for span, number, (scores, keys) in zip(spans, numbers, known, strict=True)
     ]
 

@@ -21,8 +21,9 @@ from dycoke.compressor import Compressor
 from dycoke.core.method import VideoContext
 from dycoke.methods.base import OneShot, Reducer, ScoreBased, TwoStage
 from dycoke.methods.composed import Composed
-from dycoke.methods.controls import FewerFrames, RandomTokens
+from dycoke.methods.controls import Downsampled, FewerFrames, RandomTokens
 from dycoke.methods.dycoke import ECHO, PLUS, DyCoke
+from dycoke.methods.evs import EVS
 from dycoke.methods.fastv import FastV
 from dycoke.methods.fastvid import FastVID
 from dycoke.methods.flashvid import FlashVID
@@ -49,6 +50,7 @@ for _entry in (
     ),
     Entry("random", "control: DyCoke's counts, any tokens", RandomTokens),
     Entry("fewer-frames", "control: whole frames, not above DyCoke's counts", FewerFrames),
+    Entry("downsampled", "control: as many tokens by a lower resolution", Downsampled),
     Entry(
         "merging",
         "control: DyCoke's merging alone, nothing pruned while decoding",
@@ -94,6 +96,13 @@ for _entry in (
         VidCom2,
         paper="https://arxiv.org/abs/2505.14454",
         source="https://github.com/xuyang-liu16/VidCom2",
+    ),
+    Entry(
+        "evs",
+        "what is least like its place in the frame before",
+        EVS,
+        paper="https://arxiv.org/abs/2510.14624",
+        source="https://github.com/vllm-project/vllm",
     ),
     Entry(
         "fastvid",
@@ -174,8 +183,10 @@ def one_shot(name: str, *, retention: float | None = None) -> Compressor | None:
 
 __all__ = [
     "DYNAMIC",
+    "EVS",
     "METHODS",
     "Composed",
+    "Downsampled",
     "DyCoke",
     "Entry",
     "FastV",
