@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dycoke.models import VideoSpan
 
 REACH = 4
-"""Frames after its own in which an echo is seen. More change nothing (docs/decisions.md, 28)."""
+"""Frames after its own in which an echo is seen. More change nothing (docs/decisions.md, 29)."""
 
 BLOCK = 256
 """Queries whose mask is made at once."""

@@ -32,7 +32,7 @@ from dycoke.methods.base import check_positions, check_settings
 ECHO: dict[str, Any] = {"echo": 0.5, "echo_exact": 1}
 """Echoes as DyCoke+ has them."""
 PLUS: dict[str, Any] = {**ECHO, "score_layer": 0.6}
-"""Settings of DyCoke+ beside the paper's; chosen in docs/decisions.md, 28."""
+"""Settings of DyCoke+ beside the paper's; chosen in docs/decisions.md, 29."""
 
 
 @dataclass(frozen=True)
