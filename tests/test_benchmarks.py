@@ -48,7 +48,14 @@ def last(printed: str) -> Any:
 
 
 def test_all_scripts_are_run_here() -> None:
-    run = {"encoder_memory", "lmms_storyqa", "many_questions", "memory", "nano_merging"}
+    run = {
+        "echo_memory",
+        "encoder_memory",
+        "lmms_storyqa",
+        "many_questions",
+        "memory",
+        "nano_merging",
+    }
     assert run | {"decode_walk", "host_overhead"} == SCRIPTS
 
 
@@ -109,6 +116,12 @@ def test_memory(script: Script, monkeypatch: Any) -> None:
     assert [line["chunk"] for line in result["lines"]] == [0, 2, "auto"]
     assert all(line["frames"] == 3 for line in result["lines"])
     assert len({line["kept"] for line in result["lines"]}) == 1  # chunks change nothing
+
+
+def test_echo_memory(script: Script) -> None:
+    result = last(script("echo_memory", "--frames", 3, "--width", 64))
+    assert [line["frames"] for line in result["lines"]] == [3]
+    assert {"dycoke", "dycoke+", "more_per_frame_mib"} <= set(result["lines"][0])
 
 
 @pytest.mark.skipif(

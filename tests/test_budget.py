@@ -13,10 +13,11 @@ from support import close, exact
 
 from dycoke import DyCoke, methods
 from dycoke.core.method import VideoContext
-from dycoke.core.prefill import contexts_of, shorten
+from dycoke.core.prefill import shorten
 from dycoke.merging import budget_mask, merge_mean, video_budget
 from dycoke.methods.controls import FewerFrames, RandomTokens
 from dycoke.models import VideoSpan
+from dycoke.vision.encoder import contexts_of
 
 pytestmark = exact
 

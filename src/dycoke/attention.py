@@ -28,13 +28,20 @@ Handler = Callable[[Callable[..., Any], nn.Module, list[Any], dict[str, Any]], A
 
 
 class Override:
-    """Routes one attention module's calls through a handler, until ``patches`` are undone."""
+    """Routes one attention module's calls through a handler, until ``patches`` are undone.
 
-    def __init__(self, patches: Patches, module: Any, handler: Handler) -> None:
+    ``packed`` has modules that take packed sequences hand over all of them at once, whatever their
+    attention function is, together with where each starts (``cu_seq_lens_q``).
+    """
+
+    def __init__(
+        self, patches: Patches, module: Any, handler: Handler, packed: bool = False
+    ) -> None:
         self.handler, self.config = handler, module.config
         self.inner = attention_function(module)
         # Some modules look for "flash" in the name before they pack what they hand over.
-        key = f"{KEY}_flash" if "flash" in str(self.config._attn_implementation) else KEY
+        self.flash = "flash" in str(self.config._attn_implementation)
+        key = f"{KEY}_flash" if self.flash or packed else KEY
         if key not in ALL_ATTENTION_FUNCTIONS:
             eagerly: Any = torch.compiler.disable  # a compiled model calls it as it is
             AttentionInterface.register(key, eagerly(_dispatch))

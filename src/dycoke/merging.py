@@ -68,7 +68,9 @@ def _check_compared(values: Tensor) -> None:
         raise ValueError("features contain NaN or infinite values, so nothing can be compared")
 
 
-def merge_mask(features: Tensor, merge_ratio: float = 0.7, window: int = 4) -> Tensor:
+def merge_mask(
+    features: Tensor, merge_ratio: float = 0.7, window: int = 4, encoded: Tensor | None = None
+) -> Tensor:
     """Which visual tokens stay after temporal merging.
 
     Parameters
@@ -79,6 +81,9 @@ def merge_mask(features: Tensor, merge_ratio: float = 0.7, window: int = 4) -> T
         Share of a non-anchor frame's tokens that is merged away (the paper's K).
     window : int, at least 1
         Consecutive frames that share one anchor. The last window may be shorter.
+    encoded : Tensor, bool, shape (F, N), or None
+        False for tokens that the vision encoder did not compute: they leave before all others.
+        Not the paper's, see `dycoke.vision.skip`.
 
     Returns
     -------
@@ -101,6 +106,8 @@ def merge_mask(features: Tensor, merge_ratio: float = 0.7, window: int = 4) -> T
     unit = F.normalize(features.float(), dim=-1)
     similarity = (unit * unit[counterpart]).sum(-1)
     _check_compared(similarity)
+    if encoded is not None:  # by mask: rounding may make a computed token as similar
+        similarity = similarity.masked_fill(~encoded.to(similarity.device), torch.inf)
 
     # The most similar leave: the first `leaving` of a stable descending sort.
     leaving = tokens - retained_count(tokens, merge_ratio)

@@ -32,10 +32,16 @@ class Patches:
     def __init__(self) -> None:
         self._undo = contextlib.ExitStack()
 
-    def hook(self, module: nn.Module, before: Callable[..., Any] | None, after: Any = None) -> None:
+    def hook(
+        self,
+        module: nn.Module,
+        before: Callable[..., Any] | None,
+        after: Any = None,
+        first: bool = False,
+    ) -> None:
         """Call ``before`` and ``after`` around a forward, with its keyword arguments.
 
-        ``after`` is called after an exception, too.
+        ``after`` is called after an exception, too; with ``first`` before the hooks that are there.
         """
         # A compiled model runs hooks as they are: traced, they would be compiled again each step.
         eagerly: Any = torch.compiler.disable
@@ -44,7 +50,9 @@ class Patches:
             handles.append(module.register_forward_pre_hook(eagerly(before), with_kwargs=True))
         if after is not None:
             handles.append(
-                module.register_forward_hook(eagerly(after), with_kwargs=True, always_call=True)
+                module.register_forward_hook(
+                    eagerly(after), prepend=first, with_kwargs=True, always_call=True
+                )
             )
         original = _original_of(module)
         for handle in handles:

@@ -30,6 +30,8 @@ def _plain(value: Any) -> Any:
 class VideoReport(_Readable):
     """One video: temporal slices, tokens in each, tokens before and after merging.
 
+    ``encoded_tokens`` are those that the vision encoder computed.
+
     ``source`` is "videos", or "images" where images were declared to be its frames.
     """
 
@@ -37,7 +39,13 @@ class VideoReport(_Readable):
     tokens_per_frame: int
     visual_tokens: int
     kept_tokens: int
+    encoded_tokens: int
     source: str = "videos"
+
+    @property
+    def encoded_share(self) -> float:
+        """Share of the visual tokens that the vision encoder computed."""
+        return share(self.encoded_tokens, self.visual_tokens)
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,9 @@ class Report(_Readable):
             f"{recalled} tokens recalled",
             f"  KV cache  {_size(self.kv_bytes)} instead of {_size(self.kv_bytes_full)}",
         ]
+        encoded = sum(v.encoded_tokens for s in self.samples for v in s.videos)
+        if encoded < visual:
+            lines.insert(1, f"  encoded   {encoded} ({share(encoded, visual):.2%})")
         if self.echo_layers:
             lines.append(
                 f"  echoes    in {self.echo_layers} layers, {self.exact_layers} of them exact"

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dycoke import DyCoke, UnsupportedError, VideoSpan
-from dycoke.core.prefill import contexts_of, shorten
+from dycoke.core.prefill import shorten
+from dycoke.vision.encoder import contexts_of
 
 BATCH, LENGTH, WIDTH = 2, 40, 6
 

@@ -32,13 +32,13 @@ from dycoke.core.late import late_scores
 from dycoke.core.layers import plan_layers
 from dycoke.core.method import Method
 from dycoke.core.positions import compacted, offset_after
-from dycoke.core.prefill import contexts_of, shorten, start
+from dycoke.core.prefill import shorten, start
 from dycoke.core.records import IDLE, Records
 from dycoke.errors import UnsupportedError
 from dycoke.models import Layout, Masks
 from dycoke.models.locate import Finder, FrameSource
 from dycoke.patching import Patches
-from dycoke.vision.scores import Vision
+from dycoke.vision.encoder import contexts_of, encoder_notes
 from dycoke.vision.wrap import ENCODED, carry_notes, note_encoded
 
 # Models that an engine is on, by their decoder. Their hooks keep the engine alive, until they go.
@@ -86,9 +86,7 @@ class Engine:
         levels = len(getattr(vision, "deepstack_visual_indexes", None) or ())
         self.layers = plan_layers(self.decoder.config, method, levels, trace)
         self.implementation = self.decoder.config._attn_implementation
-        self.vision: Vision | None = None
-        if method.needs_vision and (trace or not method.idle):
-            self.vision = Vision(self.model, family, self.finder.kinds)
+        self.vision, self.skips = encoder_notes(self.model, self.finder, method, trace)
         self.records = Records(method, self.layers, trace)
         self.running: Forward | None = None  # the decoder's forward; one at a time
         self._local = _Local()
@@ -125,8 +123,8 @@ class Engine:
                 if plan.kind == "drop" and i in plan.upper:
                     patches.hook(layer, self._drop)
             note_encoded(patches, self.base)
-            if self.vision is not None:
-                self.vision.install(patches)
+            for notes in filter(None, (self.vision, self.skips)):
+                notes.install(patches)
             if self.model is not self.base:
                 patches.hook(self.model, self._on_call)
             patches.hook(self.base, self._on_prompt, self._after_prompt)
@@ -240,8 +238,7 @@ class Engine:
         inputs["attention_mask"] = forward.attention_mask = mask
         positions = inputs.get("position_ids")
         offset = offset_after(positions, mask, embeds)
-        seen = None if self.vision is None else self.vision.take(forward.videos, embeds.device)
-        contexts = contexts_of(forward.videos, seen)
+        contexts = contexts_of(forward.videos, embeds.device, self.vision, self.skips)
         rows, kept = shorten(inputs, forward.videos, method, cache is not False, contexts)
         if plan.echoes:
             forward.echoes = echoes_of(
@@ -255,7 +252,10 @@ class Engine:
         record = None if cache else self.records.known(None, forward.length, False)
         forward.decode_step = record is not None
         if record is None:
-            record = self.records.start(cache or None, forward.videos, kept, len(embeds), reason)
+            encoded = [context.encoded for context in contexts]
+            record = self.records.start(
+                cache or None, forward.videos, kept, len(embeds), reason, encoded
+            )
         record.attended, forward.record = rows.visual.active.sum(1), record
         if cache is not False:
             prompt = prompt_of(forward.inputs["input_ids"], mask)

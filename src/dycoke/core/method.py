@@ -31,7 +31,10 @@ class VideoContext:
     index : int
         Which of them this is.
     grid : (int, int) or None
-        Height and width of a frame in tokens, N of them in raster order.
+        Height and width of a frame in tokens, N of them in raster order; None where not known.
+    encoded : Tensor, bool, shape (F, N), or None
+        Which tokens the vision encoder computed, where some were left out: the others have the
+        features of their counterparts.
     """
 
     scores: Tensor | None = None
@@ -39,6 +42,7 @@ class VideoContext:
     tokens: tuple[int, ...] = ()
     index: int = 0
     grid: tuple[int, int] | None = None
+    encoded: Tensor | None = None
 
     @property
     def encoder_attention(self) -> EncoderAttention:
@@ -89,6 +93,10 @@ class Method(ABC):
     echo : share of the decoder's layers, from the first on, in which the frames of a prompt still
         see what was merged away, see `dycoke.core.echo`.
     echo_exact : the first of these layers that compute it instead of guessing it.
+    skip_ratio : share of the cells of every frame but anchors that the vision encoder leaves out,
+        see `dycoke.vision.skip`.
+    skip_layer : the first block of the encoder without them; None for an eighth of its depth.
+    window : frames that share one anchor.
     needs_vision : whether `merge_tokens` wants the vision encoder's scores and keys.
     """
 
@@ -98,6 +106,9 @@ class Method(ABC):
     score_layer: int | float | None = None
     echo: float = 0.0
     echo_exact: int = 0
+    skip_ratio: float = 0.0
+    skip_layer: int | None = None
+    window: int = 4
     needs_vision: ClassVar[bool] = False
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dycoke.core.cache import Generation, RowMap
 from dycoke.core.layers import Kind
-from dycoke.core.method import EncoderAttention, Method, VideoContext, VisualTokens
+from dycoke.core.method import Method, VideoContext, VisualTokens
 from dycoke.core.positions import PositionOffset
 from dycoke.core.records import Record
 from dycoke.errors import UnsupportedError
@@ -117,23 +117,6 @@ def row_map(index: Tensor, first: list[int], padded: bool, order: Tensor | None 
     start = min(first)
     starts = torch.tensor(first, device=index.device)
     return RowMap(index, starts, start, order, padded, uneven=max(first) > start)
-
-
-def contexts_of(
-    spans: Sequence[VideoSpan], seen: Sequence[EncoderAttention] | None = None
-) -> list[VideoContext]:
-    """What a method may know of each video: the sizes of its sample's videos, and ``seen``."""
-    sizes: dict[int, list[int]] = {}
-    numbers = []
-    for span in spans:
-        videos = sizes.setdefault(span.sample, [])
-        numbers.append(len(videos))
-        videos.append(span.positions.numel())
-    known = [(None, None)] * len(spans) if seen is None else seen
-    return [
-        VideoContext(scores, keys, tuple(sizes[span.sample]), number, span.grid)
-        for span, number, (scores, keys) in zip(spans, numbers, known, strict=True)
-    ]
 
 
 def shorten(

@@ -35,14 +35,19 @@ class SampleTrace:
         tokens (raster order, all videos) the pruned layers attended to.
     attention : list of Tensor, (Nv,): per decode step, the newest token's attention to them in
         the scoring layer, a mean over heads.
+    encoded : list of Tensor, bool, (F, N): per video, the tokens that the vision encoder computed;
+        empty where it computed all.
     """
 
     keep: list[Tensor]
     active: list[Tensor] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
+    encoded: list[Tensor] = field(default_factory=list)
 
     def copy(self) -> SampleTrace:
-        return SampleTrace(list(self.keep), list(self.active), list(self.attention))
+        return SampleTrace(
+            list(self.keep), list(self.active), list(self.attention), list(self.encoded)
+        )
 
 
 @dataclass(eq=False)
@@ -118,7 +123,9 @@ class Record:
 
     def next_turn(self) -> Record:
         """The record of a follow-up turn on the same cache."""
-        trace = self.trace and Trace([SampleTrace(s.keep) for s in self.trace.samples])
+        trace = self.trace and Trace(
+            [SampleTrace(s.keep, encoded=s.encoded) for s in self.trace.samples]
+        )
         return replace(self, trace=trace, refreshes=0, recalled=0, decode_steps=0, secondary=False)
 
     def map_batch(self, pick: Callable[[Tensor], Tensor]) -> None:
@@ -204,13 +211,15 @@ def _mean_held(kept: int, active: int, below: float) -> float:
 
 
 def videos_by_sample(
-    spans: Sequence[VideoSpan], kept: Sequence[int], batch: int
+    spans: Sequence[VideoSpan], kept: Sequence[int], batch: int, encoded: Sequence[int] = ()
 ) -> list[list[VideoReport]]:
-    """The videos of each row of the batch; ``kept`` has one count per span."""
+    """The videos of each row of the batch; ``kept`` and ``encoded`` have one count per span."""
     rows: list[list[VideoReport]] = [[] for _ in range(batch)]
-    for span, count in zip(spans, kept, strict=True):
+    computed = encoded or [span.positions.numel() for span in spans]
+    for span, count, made in zip(spans, kept, computed, strict=True):
         frames, tokens = span.positions.shape
-        rows[span.sample].append(VideoReport(frames, tokens, frames * tokens, count, span.source))
+        report = VideoReport(frames, tokens, frames * tokens, count, made, span.source)
+        rows[span.sample].append(report)
     return rows
 
 
@@ -252,12 +261,18 @@ class Records:
         kept: Sequence[Tensor] | None,
         batch: int,
         reason: str | None,
+        encoded: Sequence[Tensor | None] = (),
     ) -> Record:
-        """A new generation on ``cache``; ``kept`` is None where it stays untouched."""
+        """A new generation on ``cache``; ``kept`` is None where it stays untouched.
+
+        ``encoded`` has the mask of what the encoder computed of each video; None where that is all.
+        """
         counts = [span.positions.numel() for span in videos]
         if kept is not None:
             counts = torch.stack([mask.sum() for mask in kept]).tolist()
-        by_sample = videos_by_sample(videos, counts, batch)
+        made = [mask for mask in encoded if mask is not None]
+        computed = torch.stack([mask.sum() for mask in made]).tolist() if made else ()
+        by_sample = videos_by_sample(videos, counts, batch, computed)
         record = Record(type(self.method).__name__, self.method.to_dict(), by_sample, reason)
         if kept is not None:
             record.plan = self.plan
@@ -265,6 +280,8 @@ class Records:
             record.trace = Trace([SampleTrace(keep=[]) for _ in range(batch)])
             for span, mask in zip(videos, kept, strict=True):
                 record.trace.samples[span.sample].keep.append(mask.cpu())
+            for span, mask in zip(videos, made, strict=False):
+                record.trace.samples[span.sample].encoded.append(mask.cpu())
         return self.add(record, cache)
 
     def add(self, record: Record, cache: Any) -> Record:

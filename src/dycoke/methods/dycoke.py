@@ -66,6 +66,12 @@ class DyCoke(Compressor):
         in the paper; a float in [0, 1) is a share of the layers. A layer that is pruned may score,
         too: those above it attend to its choice at once, it and those below it from the next step
         on (at first to that of the prompt's end). Not the paper's.
+    skip_ratio : float in [0, merge_ratio]
+        Share of a non-anchor frame's tokens that the vision encoder does not compute
+        (`dycoke.vision.skip`): those that changed least, which merging then takes first. Not the
+        paper's.
+    skip_layer : int or None
+        The first block of the encoder that leaves them out; None is an eighth of its depth.
 
     Notes
     -----
@@ -82,6 +88,8 @@ class DyCoke(Compressor):
     positions: Literal["original", "compact"] = "original"
     token_budget: int | float | None = None
     score_layer: int | float | None = None
+    skip_ratio: float = 0.0
+    skip_layer: int | None = None
 
     def __post_init__(self) -> None:
         check_settings(self, check_ratio, "merge_ratio", "prune_ratio")
@@ -91,6 +99,7 @@ class DyCoke(Compressor):
         check_positions(self.positions)
         if self.score_layer is not None:
             check_settings(self, check_layer, "score_layer")
+        self._check_skip()
         super().__post_init__()
         if self.token_budget is not None:
             check_settings(self, check_budget, "token_budget")
@@ -99,6 +108,26 @@ class DyCoke(Compressor):
                     f"merge_ratio={self.merge_ratio} and token_budget={self.token_budget} both say "
                     "how many tokens stay; give one of them"
                 )
+
+    def _check_skip(self) -> None:
+        check_settings(self, check_ratio, "skip_ratio")
+        if self.skip_layer is not None:
+            check_settings(self, check_count, "skip_layer", least=0)
+        if self.skip_ratio == 0:
+            return
+        if self.token_budget is not None or self.merge == "mean":
+            other = "merge='mean'" if self.token_budget is None else "a token_budget"
+            raise ValueError(
+                f"skip_ratio={self.skip_ratio:g} leaves out what merge_ratio drops, and {other} "
+                "needs the features of all tokens; use merge_ratio and merge='keep', or "
+                "skip_ratio=0"
+            )
+        if self.skip_ratio > self.merge_ratio:
+            raise ValueError(
+                f"skip_ratio={self.skip_ratio:g} must not be above "
+                f"merge_ratio={self.merge_ratio:g}: what is not encoded has nothing to say, and "
+                "has to leave"
+            )
 
     @classmethod
     def plus(cls, **settings: Any) -> Self:
@@ -123,7 +152,7 @@ class DyCoke(Compressor):
     def keep_mask(self, features: Tensor, context: VideoContext = NO_CONTEXT) -> Tensor:
         """Which visual tokens of a video stay: (F, N, D) -> bool (F, N)."""
         if self.token_budget is None:
-            return merge_mask(features, self.merge_ratio, self.window)
+            return merge_mask(features, self.merge_ratio, self.window, context.encoded)
         tokens = features.shape[:2].numel()
         count = video_budget(self.token_budget, tokens, context.tokens, context.index)
         return budget_mask(features, count, self.window)

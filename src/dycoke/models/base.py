@@ -280,6 +280,10 @@ class Family:
     vision_attention : str or None
         Path of the vision encoder's attention modules in the base model, with ``.*.`` for the
         layer. Without it the family cannot serve methods that need the encoder's attention.
+    token_side : callable or None
+        The side of the square of tokens that the encoder's square of patches becomes, from the
+        model's config and the square's side. None where patches come packed, as many consecutive
+        ones to a token as ``spatial_merge_size`` says.
     encoder_order : callable or None
         The order of a video's tokens in the vision encoder (`EncoderOrder`), where that is not the
         prompt's.
@@ -306,6 +310,7 @@ class Family:
     checkpoints: tuple[str, ...]
     frame_sources: tuple[Source, ...] = ("videos",)
     vision_attention: str | None = None
+    token_side: Callable[[Any, int], int] | None = None
     encoder_order: EncoderOrder | None = None
     masks: Masks | None = None
     video_token: str = "video_token_id"
@@ -342,7 +347,7 @@ class Family:
                 'vision_attention must be the path of a module with ".*." for the layer, such as '
                 f'"visual.blocks.*.attn"; got {path!r}'
             )
-        for label in ("layout", "encoder_order", "masks"):
+        for label in ("layout", "token_side", "encoder_order", "masks"):
             function = getattr(self, label)
             if not callable(function) and (function is not None or label == "layout"):
                 raise TypeError(f"{label} must be a function, got {function!r}")

@@ -26,5 +26,6 @@ FAMILY = Family(
     checkpoints=("OpenGVLab/InternVL3-8B-hf", "OpenGVLab/InternVL3_5-8B-HF"),
     frame_sources=("images",),
     vision_attention="vision_tower.encoder.layer.*.attention",
+    token_side=lambda config, side: int(side * config.downsample_ratio),
     notes=("beams and several answers mix up frames in transformers 5.17 itself",),
 )

@@ -27,4 +27,5 @@ FAMILY = Family(
     layout=layout,
     checkpoints=("llava-hf/LLaVA-NeXT-Video-7B-hf", "llava-hf/LLaVA-NeXT-Video-34B-hf"),
     vision_attention="vision_tower.encoder.layers.*.self_attn",
+    token_side=lambda config, side: side // config.spatial_pool_stride,
 )

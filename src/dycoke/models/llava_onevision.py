@@ -31,4 +31,5 @@ FAMILY = Family(
         "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
     ),
     vision_attention="vision_tower.encoder.layers.*.self_attn",
+    token_side=lambda config, side: -(-side // 2),
 )

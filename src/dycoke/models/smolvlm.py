@@ -28,5 +28,6 @@ FAMILY = Family(
     ),
     frame_sources=("images",),
     vision_attention="vision_model.encoder.layers.*.self_attn",
+    token_side=lambda config, side: side // config.scale_factor,
     notes=("its processor needs the package num2words",),
 )

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dycoke.core.method import EncoderAttention
 from dycoke.errors import check_count
 from dycoke.vision.memory import frames_that_fit
+from dycoke.vision.notes import NOTES, Note, regroup
 from dycoke.vision.wrap import note_frames, replaced_encoder
 
 NAME = "get_video_features"
@@ -57,7 +57,7 @@ def encode_in_chunks(model: Any, frames: int | str = AUTO) -> Iterator[None]:
         for name in NAMES:
             if hasattr(base, name):
                 wrap = functools.partial(
-                    _in_chunks, videos=name == NAME, config=model.config, most=most
+                    _in_chunks, videos=name == NAME, config=model.config, most=most, base=base
                 )
                 stack.enter_context(replaced_encoder(base, wrap, name))
         yield
@@ -72,16 +72,11 @@ def check_frames(frames: object) -> int | str:
     return check_count("frames", frames, least=2)
 
 
-def regroup(parts: Sequence[EncoderAttention], frames: Sequence[int]) -> list[EncoderAttention]:
-    """Cut what is known of frames anew: ``frames[i]`` for video i, in order."""
-    scores = [frame for part, _ in parts for frame in part]
-    keys = [frame for _, part in parts for frame in part]
-    videos, start = [], 0
-    for count in frames:
-        own = slice(start, start + count)
-        videos.append((torch.stack(scores[own]), torch.stack(keys[own])))
-        start += count
-    return videos
+class _Limit(NamedTuple):
+    """Most frames of a chunk, and the number whose multiples all chunks but a video's last are."""
+
+    most: int
+    step: int
 
 
 class _Form(NamedTuple):
@@ -90,7 +85,7 @@ class _Form(NamedTuple):
     ``videos`` has the frames of each video; None where every frame is an image of its own.
     """
 
-    chunked: Callable[[Callable[..., Any], dict[str, Any], str, int], Any]
+    chunked: Callable[[Callable[..., Any], dict[str, Any], str, _Limit], Any]
     frames: int
     patches: int
     videos: list[int] | None = None
@@ -101,6 +96,7 @@ def _in_chunks(
     videos: bool,
     config: Any,
     most: Callable[[int, torch.device], int],
+    base: Any,
 ) -> Callable[..., Any]:
     names = list(inspect.signature(inner).parameters)
 
@@ -112,21 +108,27 @@ def _in_chunks(
         if not isinstance(pixels, Tensor) or inputs.get("return_dict") is False:
             return inner(*args, **kwargs)
         form = _form(inputs, pixels, names, videos, config)
-        if form is None or form.frames <= (limit := most(form.patches, pixels.device)):
+        if form is None or form.frames <= (count := most(form.patches, pixels.device)):
             return inner(*args, **kwargs)
-        seen: list[EncoderAttention] = []
+        # Where an encoder leaves cells out, a chunk must not begin inside a window.
+        limit = _Limit(count, vars(base).get("encoded_window", 1))
+        seen: dict[str, list[Note]] = {}
 
         def part(**chunk: Any) -> Any:
             output = inner(**chunk)
-            seen.extend(getattr(output, "vision", []))
+            for note in NOTES:
+                if hasattr(output, note):
+                    seen.setdefault(note, []).extend(getattr(output, note))
             return output
 
         output = form.chunked(part, inputs, str(name), limit)
         note_frames(output, inputs, "video" if videos else "image")
-        if seen:  # what a method asked for (`vision.py`)
-            output.vision = regroup(seen, form.videos or [1] * sum(len(s) for s, _ in seen))
+        for note, parts in seen.items():
+            videos_of = form.videos or [1] * sum(len(part[0]) for part in parts)
+            setattr(output, note, regroup(parts, videos_of))
         return output
 
+    encode.in_chunks = True  # type: ignore[attr-defined]
     return encode
 
 
@@ -167,10 +169,13 @@ def _slices(sizes: Tensor) -> tuple[list[int], list[int]]:
     return table[:, 0].tolist(), table[:, 1:].prod(-1).tolist()
 
 
-def _even(count: int, most: int) -> list[int]:
-    """Parts of ``count``, at most ``most`` each, as even as can be."""
-    parts = -(-count // most)
-    return [count // parts + (i < count % parts) for i in range(parts)]
+def _even(count: int, limit: _Limit) -> list[int]:
+    """Parts of ``count`` within the limit, as even as can be."""
+    steps, most = -(-count // limit.step), max(1, limit.most // limit.step)
+    parts = -(-steps // most)
+    sizes = [limit.step * (steps // parts + (i < steps % parts)) for i in range(parts)]
+    sizes[-1] -= sum(sizes) - count
+    return sizes
 
 
 def _cuts(parts: Sequence[int]) -> list[slice]:
@@ -179,7 +184,7 @@ def _cuts(parts: Sequence[int]) -> list[slice]:
     return [slice(end - part, end) for part, end in zip(parts, ends, strict=True)]
 
 
-def _stacked(inner: Callable[..., Any], inputs: dict[str, Any], name: str, most: int) -> Any:
+def _stacked(inner: Callable[..., Any], inputs: dict[str, Any], name: str, limit: _Limit) -> Any:
     """Videos as one tensor, (B, F, ...), features (B, rows, D) or one (rows, D) per video.
 
     Chunks go in the order of videos and their frames: several short videos, or parts of a long one.
@@ -190,9 +195,9 @@ def _stacked(inner: Callable[..., Any], inputs: dict[str, Any], name: str, most:
         for k, v in inputs.items()
         if isinstance(v, Tensor) and v.shape[:2] == inputs[name].shape[:2]
     }
-    sizes = _even(frames, most)
+    sizes = _even(frames, limit)
     videos: list[Tensor] = []
-    together = max(1, most // frames)
+    together = max(1, limit.most // frames)
     for first in range(0, count, together):
         rows: list[list[Tensor]] = []
         for part in _cuts(sizes):
@@ -206,17 +211,17 @@ def _stacked(inner: Callable[..., Any], inputs: dict[str, Any], name: str, most:
     return _only(output, torch.stack(videos) if isinstance(pooled, Tensor) else tuple(videos))
 
 
-def _images(inner: Callable[..., Any], inputs: dict[str, Any], name: str, most: int) -> Any:
+def _images(inner: Callable[..., Any], inputs: dict[str, Any], name: str, limit: _Limit) -> Any:
     """Images side by side, (n, C, H, W), features (n, N, D) or one (N, D) per image."""
     pooled: list[Any] = []
     count = len(inputs[name])
-    for part in _cuts(_even(count, most)):
+    for part in _cuts(_even(count, limit)):
         output = inner(**inputs | {name: inputs[name][part]})
         pooled.append(output.pooler_output)
     return _only(output, _joined(range(count), pooled))
 
 
-def _padded(inner: Callable[..., Any], inputs: dict[str, Any], name: str, most: int) -> Any:
+def _padded(inner: Callable[..., Any], inputs: dict[str, Any], name: str, limit: _Limit) -> Any:
     """Images of each sample in a row filled up with zeros, (B, n, C, H, W).
 
     Features (images, N, D), or in newer releases one (rows, D) per sample; none for the zeros.
@@ -229,7 +234,7 @@ def _padded(inner: Callable[..., Any], inputs: dict[str, Any], name: str, most: 
     images = {k: v[real][None] for k, v in given.items()}
     rows: list[Tensor] = []
     count = int(real.sum())
-    for part in _cuts(_even(count, most)):
+    for part in _cuts(_even(count, limit)):
         output = inner(**inputs | {k: v[:, part] for k, v in images.items()})
         rows.append(_whole(output.pooler_output))
     pooled: Any = torch.cat(rows)
@@ -239,7 +244,7 @@ def _padded(inner: Callable[..., Any], inputs: dict[str, Any], name: str, most: 
     return _only(output, pooled)
 
 
-def _packed(inner: Callable[..., Any], inputs: dict[str, Any], name: str, most: int) -> Any:
+def _packed(inner: Callable[..., Any], inputs: dict[str, Any], name: str, limit: _Limit) -> Any:
     """Patches of all videos (images) in one row, and a grid (T, H, W) for each; or frames of all.
 
     A chunk holds parts of one or more videos, in order.
@@ -252,7 +257,7 @@ def _packed(inner: Callable[..., Any], inputs: dict[str, Any], name: str, most: 
     pooled: list[Any] = []
     deeper: list[list[Any]] = []
     start = 0
-    for chunk in _chunks(slices, most):
+    for chunk in _chunks(slices, limit):
         videos = [video for video, _ in chunk]
         end = start + sum(part * per_slice[video] for video, part in chunk)
         # What there is one of per patch is cut, what there is one of per video goes with each part.
@@ -270,15 +275,15 @@ def _packed(inner: Callable[..., Any], inputs: dict[str, Any], name: str, most: 
     return _only(output, _joined(owners, pooled))
 
 
-def _chunks(slices: Sequence[int], most: int) -> list[list[tuple[int, int]]]:
-    """Chunks of at most ``most`` slices: which videos, and how many slices of each."""
+def _chunks(slices: Sequence[int], limit: _Limit) -> list[list[tuple[int, int]]]:
+    """Chunks of slices within the limit: which videos, and how many slices of each."""
     chunks: list[list[tuple[int, int]]] = []
     room = 0
     for video, count in enumerate(slices):
-        for part in _even(count, most):
+        for part in _even(count, limit):
             if part > room:
                 chunks.append([])
-                room = most
+                room = max(limit)
             chunks[-1].append((video, part))
             room -= part
     return chunks

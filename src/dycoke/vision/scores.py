@@ -1,19 +1,13 @@
 """What the vision encoder's attention says of each video token, for methods that ask for it.
 
 One attention module of the encoder is overridden, that of the last layer that the features come
-from, and the methods of the model that encode are wrapped: what the module saw during a call is
-pooled to tokens and handed out as ``output.vision``, one (scores (F, N), keys (F, N, C)) per video.
-The next prefill takes it from there, or, where the model encodes inside its forward, from what was
-found since that forward began. So nothing can be left over from another prompt.
+from. What it saw during a call is pooled to tokens and handed out as ``output.vision``, one
+(scores (F, N), keys (F, N, C)) per video; see `notes`.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from math import isqrt
 from typing import Any
 
@@ -22,12 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from dycoke.attention import Override
-from dycoke.core.method import EncoderAttention
 from dycoke.errors import UnsupportedError
-from dycoke.models import Family, VideoSpan, families
+from dycoke.models import Family, families
 from dycoke.patching import Patches
-from dycoke.vision.chunks import regroup
-from dycoke.vision.wrap import KINDS
+from dycoke.vision.notes import Note, Notes, regroup
 
 BLOCK = 1 << 24  # attention weights that `received` holds at once: 64 MB in float32
 
@@ -62,15 +54,7 @@ class _Call:
         self.keys.append(keys.to(scores.dtype).mean(1)[:, first:])
 
 
-class _Local(threading.local):
-    """A thread's own: the call in progress, and what the forward in progress may use."""
-
-    call: _Call | None = None
-    found: dict[str, list[EncoderAttention]] | None = None
-    handed: Any = None
-
-
-class Vision:
+class Vision(Notes):
     """Scores and keys of a model's video tokens, from `install` on.
 
     Parameters
@@ -79,67 +63,31 @@ class Vision:
     family : its family; None where the user's own layout finds the videos.
     kinds : what may hold frames, of "video" and "image".
 
-    Attributes
-    ----------
-    timed : entered around what the method costs beside the encoder's own work: taking scores and
-        keys of its attention, and pooling them to tokens. Does nothing unless replaced.
-
     Raises
     ------
     UnsupportedError
         Where the family does not say where its encoder's attention is.
     """
 
+    NAME = "vision"
+    WHAT = "the vision encoder's attention"
+
     def __init__(self, model: Any, family: Family | None, kinds: Sequence[str]) -> None:
-        self.model, self.base = model, model.base_model
-        self.family, self.kinds = family, kinds
-        self.module = _attention(self.base, family)
-        self.timed: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._local = _Local()
-        # An override is no help to a second thread while it calls on to the first one's function.
-        self._turn = threading.RLock()
+        super().__init__(model, kinds)
+        self.family = family
+        _, self.module = encoder_attention(self.base, family, self.WHAT)
 
     def install(self, patches: Patches) -> None:
         """Override the attention module and wrap the methods that encode."""
         Override(patches, self.module, self._attend)
-        for kind in KINDS:
-            name = f"get_{kind}_features"
-            if hasattr(self.base, name):
-                patches.replace(self.base, name, self._wrapped(kind, getattr(self.base, name)))
-        if self.model is not self.base:
-            patches.hook(self.model, self._begin)
-        patches.hook(self.base, self._begin, self._end)
+        super().install(patches)
 
-    def take(self, spans: Sequence[VideoSpan], device: torch.device) -> list[EncoderAttention]:
-        """Scores and keys of this prefill's videos, on ``device``."""
-        parts = {}
-        for kind in KINDS:
-            own = [span for span in spans if span.source == f"{kind}s"]
-            parts[kind] = iter(_matched(self._encoded(kind), own) if own else [])
-        seen = [next(parts[span.source[:-1]]) for span in spans]
-        return [(scores.to(device), keys.to(device)) for scores, keys in seen]
+    def begin(self, kind: str, inputs: dict[str, Any]) -> _Call:
+        check_feature_layer(self.base, inputs)
+        return _Call(f"{kind}_grid_thw" in inputs)
 
-    def _encoded(self, kind: str) -> Sequence[EncoderAttention]:
-        """What is known of the videos (images) that came with the forward in progress."""
-        local = self._local
-        if local.found and local.found[kind]:
-            return local.found[kind]
-        handed = local.handed if isinstance(local.handed, Mapping) else {}
-        seen: Sequence[EncoderAttention] = getattr(handed.get(kind), "vision", [])
-        return seen
-
-    # The forward that encodes, or gets what was encoded
-
-    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        # Seen at the outermost module: what moves inputs between devices copies them without it.
-        if module is self.model or self._local.handed is None:
-            self._local.handed = kwargs.get("mm_encoder_outputs")
-        self._local.found = {kind: [] for kind in KINDS}
-
-    def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._local.found = self._local.handed = None
-
-    # The encoder
+    def finish(self, call: _Call, kind: str, inputs: dict[str, Any], output: Any) -> list[Note]:
+        return self.pool(call, kind, inputs, output) if call.scores else []
 
     def _attend(self, inner: Any, module: nn.Module, args: list[Any], kwargs: Any) -> Any:
         output = inner(module, *args, **kwargs)
@@ -158,49 +106,12 @@ class Vision:
         for q, k in zip(query.split(lengths, 2), keys.split(lengths, 2), strict=True):
             call.add(q, k, kwargs.get("scaling"), _hidden(mask))
 
-    def pool(
-        self, call: _Call, kind: str, inputs: dict[str, Any], output: Any
-    ) -> list[EncoderAttention]:
+    def pool(self, call: _Call, kind: str, inputs: dict[str, Any], output: Any) -> list[Note]:
         """From patches to the tokens of each video (image)."""
         pool = self._packed if call.packed else self._stacked
         return pool(call, kind, inputs, output)
 
-    def _wrapped(self, kind: str, inner: Callable[..., Any]) -> Callable[..., Any]:
-        names = list(inspect.signature(inner).parameters)
-
-        @functools.wraps(inner)  # generate inspects its signature
-        def encode(*args: Any, **kwargs: Any) -> Any:
-            local = self._local
-            with self._turn:
-                if kind not in self.kinds or local.call is not None:
-                    return inner(*args, **kwargs)
-                inputs = dict(zip(names, args, strict=False)) | kwargs
-                self._check_layer(inputs.get("vision_feature_layer"))
-                call = local.call = _Call(f"{kind}_grid_thw" in inputs)
-                try:
-                    output = inner(*args, **kwargs)
-                finally:
-                    local.call = None
-            if call.scores and hasattr(output, "pooler_output"):
-                with self.timed():
-                    output.vision = self.pool(call, kind, inputs, output)
-                if local.found is not None:
-                    local.found[kind] += output.vision
-            return output
-
-        return encode
-
-    def _check_layer(self, asked: Any) -> None:
-        ours = getattr(self.base.config, "vision_feature_layer", None)
-        if asked is not None and asked != ours:
-            raise UnsupportedError(
-                f"vision_feature_layer={asked} was asked for, and the attention of the config's "
-                f"{ours} is what the method gets; set it in the config before the block"
-            )
-
-    def _stacked(
-        self, call: _Call, kind: str, inputs: dict[str, Any], output: Any
-    ) -> list[EncoderAttention]:
+    def _stacked(self, call: _Call, kind: str, inputs: dict[str, Any], output: Any) -> list[Note]:
         """Frames side by side, a square of patches each, pooled to a square of tokens."""
         scores, keys = torch.cat(call.scores), torch.cat(call.keys)
         rows = sum(video.shape[:-1].numel() for video in output.pooler_output)
@@ -211,9 +122,7 @@ class Vision:
             videos = [pixels.shape[1]] * pixels.shape[0]
         return regroup([(pooled(scores[..., None], side)[..., 0], pooled(keys, side))], videos)
 
-    def _packed(
-        self, call: _Call, kind: str, inputs: dict[str, Any], output: Any
-    ) -> list[EncoderAttention]:
+    def _packed(self, call: _Call, kind: str, inputs: dict[str, Any], output: Any) -> list[Note]:
         """Patches of all videos in one row, those of a token one after another."""
         grids = inputs[f"{kind}_grid_thw"]
         config = self.base.config.vision_config
@@ -222,7 +131,8 @@ class Vision:
         order = None if self.family is None else self.family.encoder_order
         every_score = torch.cat(call.scores, 1)[0]
         every_key = torch.cat(call.keys, 1)[0]
-        videos, start = [], 0
+        videos: list[Note] = []
+        start = 0
         for (slices, height, width), merge in zip(grids.tolist(), merges, strict=True):
             own = slice(start, start + slices * height * width)
             start = own.stop
@@ -237,14 +147,17 @@ class Vision:
         return videos
 
 
-def _attention(base: Any, family: Family | None) -> nn.Module:
-    """The attention module of the last layer that the features come from."""
+def encoder_attention(base: Any, family: Family | None, what: str) -> tuple[int, nn.Module]:
+    """The number and the attention module of the last layer that the features come from.
+
+    ``what`` is what the method needs of it.
+    """
     path = None if family is None else family.vision_attention
     if path is None:
         whose = "a layout of your own" if family is None else base.config.model_type
         known = sorted(name for name, known in families().items() if known.vision_attention)
         raise UnsupportedError(
-            "the method needs the vision encoder's attention, and where that is, is not known for "
+            f"the method needs {what}, and where that is, is not known for "
             f"{whose}; it is for {', '.join(known)}; there without layout=, or use a method that "
             "does without"
         )
@@ -258,42 +171,21 @@ def _attention(base: Any, family: Family | None) -> nn.Module:
         module: nn.Module = base.get_submodule(f"{layers}.{layer}.{name}")
     except AttributeError as error:
         raise UnsupportedError(
-            f"the method needs the vision encoder's attention, and {path} of vision_feature_layer="
+            f"the method needs {what}, and {path} of vision_feature_layer="
             f"{asked} is not in {type(base).__name__}: {error}; use a method that does without"
         ) from None
-    return module
+    return layer, module
 
 
-def _matched(
-    encoded: Sequence[EncoderAttention], spans: Sequence[VideoSpan]
-) -> list[EncoderAttention]:
-    """Give each span what is known of its frames.
-
-    Beams and several answers repeat a sample, but not what was encoded for it before.
-    """
-    frames = sum(len(scores) for scores, _ in encoded)
-    if not frames:
+def check_feature_layer(base: Any, inputs: Mapping[str, Any]) -> None:
+    """Refuse features of another layer than the config's."""
+    asked = inputs.get("vision_feature_layer")
+    ours = getattr(base.config, "vision_feature_layer", None)
+    if asked is not None and asked != ours:
         raise UnsupportedError(
-            "the method needs the vision encoder's attention, and the features came without it: "
-            "pass the pixels, or encode with the model's get_video_features (get_image_features) "
-            "inside the block; its output carries them as .vision"
+            f"vision_feature_layer={asked} was asked for, and the attention of the config's "
+            f"{ours} is what the method gets; set it in the config before the block"
         )
-    repeats = max(1, sum(len(span.positions) for span in spans) // frames)
-    firsts = [span for span in spans if span.sample % repeats == 0]
-    known: dict[int, list[EncoderAttention]] = {}
-    given = [scores.shape[1] for scores, _ in encoded for _ in scores]
-    wanted = [span.positions.shape[1] for span in firsts for _ in span.positions]
-    if given != wanted:
-        raise UnsupportedError(
-            f"the prompt has {len(wanted)} frames of {sorted(set(wanted))} tokens, and .vision is "
-            f"of {len(given)} frames of {sorted(set(given))}; hand over what was encoded for this "
-            "prompt, inside the block"
-        )
-    parts = regroup(encoded, [len(span.positions) for span in firsts])
-    for span, seen in zip(firsts, parts, strict=True):
-        known.setdefault(span.sample, []).append(seen)
-    left = {span.sample: iter(known[span.sample - span.sample % repeats]) for span in spans}
-    return [next(left[span.sample]) for span in spans]
 
 
 def _hidden(mask: Tensor | None) -> Tensor | None:
