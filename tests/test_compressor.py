@@ -29,8 +29,12 @@ def test_defaults_and_order_of_the_public_interface() -> None:
         "positions",
         "token_budget",
         "score_layer",
+        "skip_ratio",
+        "skip_layer",
     ]
-    paper = DyCoke(0.7, 0.7, 3, 4, 0.9, "keep", "original", None, None, echo=0, echo_exact=0)
+    paper = DyCoke(
+        0.7, 0.7, 3, 4, 0.9, "keep", "original", None, None, 0, None, echo=0, echo_exact=0
+    )
     assert DyCoke() == paper
 
 

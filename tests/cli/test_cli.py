@@ -75,6 +75,7 @@ def test_json_is_one_line_with_the_promised_fields(run: Any, clip: Path) -> None
             "tokens_per_frame": 36,
             "visual_tokens": 324,
             "kept_tokens": 168,
+            "encoded_tokens": 324,
             "source": "videos",
         }
     ]

@@ -92,7 +92,7 @@ def features(model: Any, inputs: dict[str, Any]) -> tuple[list[Tensor], Any]:
     else:
         names = ("pixel_values_videos", "video_grid_thw", "video_merge_sizes")
         known = {name: inputs[name] for name in names if name in inputs}
-        output = base.get_video_features(**known, return_dict=True)
+        output = base.get_video_features(*known.values(), return_dict=True)
     deep = getattr(output, "deepstack_features", None) or []
     rows = [*output.pooler_output, *(r for level in deep for r in level)]
     return [r.reshape(-1, r.shape[-1]) for r in rows], output

@@ -29,7 +29,7 @@ from dycoke.patching import Patches
 from dycoke.vision.notes import Note, Notes
 from dycoke.vision.scores import Vision, check_feature_layer, encoder_attention
 from dycoke.vision.skip import answering, computed_cells, square_cells
-from dycoke.vision.wrap import frames_given
+from dycoke.vision.wrap import PIXELS, frames_given
 
 
 @dataclass(eq=False)
@@ -149,7 +149,10 @@ class Skips(Notes):
 
     def begin(self, kind: str, inputs: dict[str, Any]) -> _Work | None:
         check_feature_layer(self.base, inputs)
-        frames = frames_given(inputs, kind)
+        pixels = next((v for name, v in inputs.items() if name.startswith("pixel_values")), None)
+        frames = frames_given(
+            {**inputs, PIXELS[kind]: pixels}, kind
+        )  # older releases have one name
         if frames is None:
             return None
         cells = None
