@@ -74,7 +74,7 @@ def test_stories_of_one_seed_have_their_own_features(tmp_path: Path) -> None:
     task = StoryQA(Assistant.load(folder, device="cpu"), "seen", 0, 2)
     told = [stories.make(split, 0) for split in ("seen", "unseen")]  # type: ignore[arg-type]
     with torch.inference_mode():
-        first, second = (task._encode(story)[0] for story in told)
-        again = task._encode(told[0])[0]
+        first, second = (task._encode(story).features for story in told)
+        again = task._encode(told[0]).features
     assert not torch.equal(first, second)
     assert again is first

@@ -71,7 +71,9 @@ def test_prompts_are_those_of_the_processor(assistant: Assistant) -> None:
     story = stories.make("seen", 5)
     question, _ = stories.questions(story)[0]
     task = storyqa.StoryQA(assistant, "seen", 5, 1)
-    features, _ = task._encode(story)  # of this video alone, as below: the same to the last bit
+    features = task._encode(
+        story
+    ).features  # of this video alone, as below: the same to the last bit
     content = [{"type": "video"}, {"type": "text", "text": question}]
     text = assistant.processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
@@ -84,6 +86,24 @@ def test_prompts_are_those_of_the_processor(assistant: Assistant) -> None:
             expected, return_dict=True
         ).pooler_output
     assert torch.equal(features[None], expected)
+
+
+def test_features_of_a_sparse_encoder_are_its_own(assistant: Assistant, short: None) -> None:
+    """What a setting leaves out of the encoder is not handed on to the next one."""
+    skipping = DyCoke(skip_ratio=0.7)
+
+    def answers(*settings: Any) -> list[Any]:
+        task = storyqa.StoryQA(assistant, "seen", 40, 1)
+        return [vars(next(task.run(setting))) for setting in settings]
+
+    first, second, third = answers(skipping, DyCoke(), skipping)
+    assert first == third and [second] == answers(DyCoke()) and [first] == answers(skipping)
+    task = storyqa.StoryQA(assistant, "seen", 40, 1)
+    story = stories.make("seen", 40)
+    with skipping(assistant.model), torch.inference_mode():
+        sparse = task._encode(story, skipping).features
+    with torch.inference_mode():
+        assert not torch.equal(sparse, task._encode(story).features) or not task._takes_features
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,8 @@ def eval_command(
     score_layer: options.ScoreLayer = None,
     echo: options.Echo = None,
     echo_exact: options.EchoExact = None,
+    skip_ratio: options.SkipRatio = None,
+    skip_layer: options.SkipLayer = None,
     retentions: Annotated[
         str | None,
         typer.Option(
@@ -144,6 +146,8 @@ def eval_command(
         "score_layer": score_layer,
         "echo": echo,
         "echo_exact": echo_exact,
+        "skip_ratio": skip_ratio,
+        "skip_layer": skip_layer,
     }
     arena = {"methods": methods, "against": against, "picture": picture}
     _check_one_kind(retentions, standard, arena)

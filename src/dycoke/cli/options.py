@@ -75,6 +75,20 @@ EchoExact = Annotated[
     int | None,
     typer.Option(help="The first of these layers that compute it in full [default: 0; dycoke+: 1]"),
 ]
+SkipRatio = Annotated[
+    float | None,
+    typer.Option(
+        help="dycoke: share of a non-anchor frame's tokens that the vision encoder does not "
+        "compute, at most --merge-ratio [default: 0]"
+    ),
+]
+SkipLayer = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="dycoke: the encoder's first block without them [default: an eighth of its depth]",
+    ),
+]
 ScoreLayer = Annotated[
     str | None,
     typer.Option(

@@ -37,6 +37,8 @@ def run(
     score_layer: options.ScoreLayer = None,
     echo: options.Echo = None,
     echo_exact: options.EchoExact = None,
+    skip_ratio: options.SkipRatio = None,
+    skip_layer: options.SkipLayer = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also run without compression, and compare.")
     ] = False,
@@ -67,6 +69,8 @@ def run(
         score_layer=score_layer,
         echo=echo,
         echo_exact=echo_exact,
+        skip_ratio=skip_ratio,
+        skip_layer=skip_layer,
     )
     compressor = options.method_of(name, retention, settings)
     assistant = load_assistant(model, device, dtype)

@@ -26,6 +26,7 @@ from dycoke.methods.controls import FewerFrames, RandomTokens
 from dycoke.methods.dycoke import PLUS, DyCoke
 from dycoke.nano import stories
 from dycoke.nano.build import TOKENS_PER_FRAME
+from dycoke.vision.notes import NOTES
 
 VISUAL = stories.FRAMES * TOKENS_PER_FRAME  # tokens of a story; a newline follows
 CHUNK = 16  # stories whose videos are held at once
@@ -38,6 +39,8 @@ SETTING_NAMES = {  # as lines of the table say it
     "score_layer": "S",
     "echo": "E",
     "echo_exact": "X",
+    "skip_ratio": "Z",
+    "skip_layer": "ZL",
 }
 ANSWER_TOKENS = {"ask": 12, "describe": 64}
 TASKS = tuple(ANSWER_TOKENS)
@@ -126,6 +129,14 @@ class StoryPrompt:
     truth: str
 
 
+@dataclass(frozen=True)
+class _Encoded:
+    """A story as the model takes it: features (or pixels), and notes of the encoder by name."""
+
+    features: Tensor
+    notes: dict[str, Any]
+
+
 class StoryQA:
     """A model's answers about stories.
 
@@ -140,7 +151,7 @@ class StoryQA:
     def __init__(self, assistant: Assistant, split: str, first: int, count: int) -> None:
         self.model, self.processor = assistant.model, assistant.processor
         self.split, self.first, self.count = split, first, count
-        self._features: dict[stories.Story, tuple[Tensor, Any]] = {}
+        self._features: dict[tuple[stories.Story, Compressor | None], _Encoded] = {}
         # transformers 5.17 takes pixels only, and encodes them again for every prompt.
         self._takes_features = (
             "mm_encoder_outputs" in inspect.signature(self.model.forward).parameters
@@ -163,15 +174,14 @@ class StoryQA:
     @torch.inference_mode()
     def _score(self, told: Sequence[stories.Story], compressor: Compressor | None) -> Scores:
         scores = Scores([(0, 0)] * len(told), [(0, 0)] * len(told))
-        wants = compressor is not None and compressor.needs_vision
         # A method that drops by the prompt's last token has to read the question first.
         whole = compressor is not None and compressor.drops
         with nullcontext() if compressor is None else compressor(self.model) as run:
-            watched = None if whole else self._watch(told, wants)
+            watched = None if whole else self._watch(told, compressor)
             for rows, ids in self._batches(told):
                 places = [row.story for row in rows]
                 if watched is None:
-                    videos = self._videos([told[i] for i in places], wants)
+                    videos = self._videos([told[i] for i in places], compressor)
                     texts = self._generate(ids, rows[0].task, **videos)
                 else:
                     texts = self._answer(watched, places, ids, rows[0].task)
@@ -199,34 +209,41 @@ class StoryQA:
                     ids_ = torch.tensor([ids for _, ids in batch], device=self.model.device)
                     yield [row for row, _ in batch], ids_
 
-    def _encode(self, story: stories.Story, wants: bool = False) -> tuple[Tensor, Any]:
+    def _encode(self, story: stories.Story, compressor: Compressor | None = None) -> _Encoded:
         """What the model takes of a story, made once for all settings: features, or pixels.
 
-        Beside them the vision encoder's scores and keys, where the method ``wants`` them: it must
-        be on the model then.
+        Beside them what the method learns of the encoder, where it ``needs_vision`` or skips
+        cells; the method must be on the model then.
         """
-        known = self._features.get(story)
-        if known is None or (wants and known[1] is None):
+        wants = compressor is not None and compressor.needs_vision
+        skips = compressor is not None and compressor.skip_ratio > 0
+        key = (story, compressor if skips else None)  # features of its own
+        known = self._features.get(key)
+        if known is None or (wants and not known.notes):
             pixels = self.processor.video_processor([stories.render(story)], return_tensors="pt")
-            ready, vision = pixels["pixel_values_videos"].to(self.model.device), None
+            ready, notes = pixels["pixel_values_videos"].to(self.model.device), {}
             ready = ready.to(self.model.dtype)
             if self._takes_features:
                 output = self.model.model.get_video_features(ready, return_dict=True)
-                ready, vision = output.pooler_output, getattr(output, "vision", None)
-            known = self._features[story] = ready[0], vision and vision[0]
+                ready = output.pooler_output
+                notes = {name: getattr(output, name)[0] for name in NOTES if hasattr(output, name)}
+            known = self._features[key] = _Encoded(ready[0], notes)
         return known
 
-    def _videos(self, told: Sequence[stories.Story], wants: bool) -> dict[str, Any]:
+    def _videos(
+        self, told: Sequence[stories.Story], compressor: Compressor | None
+    ) -> dict[str, Any]:
         """The videos of a batch, as its model takes them."""
-        videos, vision = zip(*(self._encode(story, wants) for story in told), strict=True)
+        encoded = [self._encode(story, compressor) for story in told]
+        videos = torch.stack([video.features for video in encoded])
         if not self._takes_features:
-            return {"pixel_values_videos": torch.stack(videos)}
-        output = BaseModelOutputWithPooling(pooler_output=torch.stack(videos))
-        if wants:
-            output.vision = list(vision)
+            return {"pixel_values_videos": videos}
+        output = BaseModelOutputWithPooling(pooler_output=videos)
+        for name in encoded[0].notes:
+            setattr(output, name, [video.notes[name] for video in encoded if name in video.notes])
         return {"mm_encoder_outputs": {"video": output}}
 
-    def _watch(self, told: Sequence[stories.Story], wants: bool = False) -> Any:
+    def _watch(self, told: Sequence[stories.Story], compressor: Compressor | None = None) -> Any:
         """The cache after what all prompts begin with: the video."""
         ids = self._ids([""])[0]
         end = len(ids) - ids[::-1].index(self.model.config.video_token_id)
@@ -236,7 +253,7 @@ class StoryQA:
             attention_mask=torch.ones_like(prefix),
             use_cache=True,
             logits_to_keep=1,
-            **self._videos(told, wants),
+            **self._videos(told, compressor),
         )
         return cache_of(output)
 
