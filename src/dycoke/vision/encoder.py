@@ -79,7 +79,7 @@ class Skips(Notes):
     """
 
     NAME = "encoded"
-    WHAT = "to know how patches become tokens"
+    WHAT = "how patches become tokens"
 
     def __init__(
         self,
@@ -243,7 +243,12 @@ class Skips(Notes):
                 raise compat.unknown(f"the encoder got {frames} frames of {sum(work.videos)}")
             side = isqrt(length)
             classes = length - side**2  # a class token comes first
-            assert self.family is not None and self.family.token_side is not None
+            assert self.family is not None
+            if self.family.token_side is None:
+                raise UnsupportedError(
+                    f"{self.WHAT} is not known for {self.family.name}, whose frames come side by "
+                    "side; state token_side in its Family, or use skip_ratio=0"
+                )
             tokens = self.family.token_side(self.base.config, side)
             members = [square_cells(side, tokens)] * len(work.videos)
             videos = list(torch.split(states, work.videos))
