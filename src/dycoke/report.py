@@ -87,8 +87,8 @@ class Report(_Readable):
     method : the name of the compressor's class.
     echo_layers, exact_layers : how many layers saw echoes of what was merged away while the prompt
         was read, and how many of them computed these; see `Compressor`.
-    score_layer : the layer whose attention chose what a decode step attends to; None where none
-        did.
+    score_layer : the layer whose attention chooses what a decode step attends to; None where
+        nothing is chosen.
     scores_late : whether that layer is itself pruned, so that it multiplies once more by all keys.
     """
 

@@ -7,6 +7,7 @@ counterparts' in front of every block from the first one on, and behind the last
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,6 +84,26 @@ def test_cells_are_what_pooling_reads(patches: int, tokens: int) -> None:
         assert set(pooled.flatten().nonzero()[:, 0].tolist()) <= reads
 
 
+def test_a_cell_counts_as_computed_where_its_patches_are(monkeypatch: Any) -> None:
+    """Of a square of 5 pooled to 3 the middle rows are shared: neighbours compute them all."""
+    model = model_of("llava_onevision")
+    with DyCoke(skip_ratio=0.5)(model) as run:
+        skips = run._engine.skips
+        assert skips is not None
+        cells = square_cells(5, 3)
+        for chosen in ([0, 2, 6, 8], [1, 3, 5, 7], [4]):
+            made = torch.zeros(2, 9, dtype=torch.bool)
+            made[0], made[1, chosen] = True, True
+            monkeypatch.setattr(encoder, "computed_cells", lambda *_, made=made: made)
+            work = encoder._Work([2], None)
+            kept = skips._choose(work, torch.randn(2, 25, 4))
+            assert kept is not None
+            patches = {p for c in chosen for p in cells[c].tolist()}
+            expected = [set(row) <= patches for row in cells.tolist()]
+            assert work.masks[0][1].tolist() == expected and work.masks[0][0].all()
+            assert int(kept[1].sum()) == len(patches)
+
+
 def features(model: Any, inputs: dict[str, Any]) -> tuple[list[Tensor], Any]:
     """Features of what the inputs hold, as the model takes them."""
     base = model.base_model
@@ -98,10 +119,39 @@ def features(model: Any, inputs: dict[str, Any]) -> tuple[list[Tensor], Any]:
     return [r.reshape(-1, r.shape[-1]) for r in rows], output
 
 
+def answers_of(work: Any) -> Tensor:
+    """The row that answers for each row of the encoder, by loops over the chosen cells."""
+    rows: list[int] = []
+    for number, (mask, frames) in enumerate(zip(work.masks, work.videos, strict=True)):
+        if work.cells is None:
+            length = work.shape[1]
+            side = math.isqrt(length)
+            tokens = math.isqrt(mask.shape[1])
+            first, step = length - side**2, side // tokens
+            assert side % tokens == 0  # cells of these tiny encoders share no patches
+            cell_of = {
+                first + y * side + x: (y // step) * tokens + x // step
+                for y in range(side)
+                for x in range(side)
+            }
+        else:
+            size = work.cells[number].shape[1]
+            length = mask.shape[1] * size
+            cell_of = {p: p // size for p in range(length)}
+        start = len(rows)
+        for f in range(frames):
+            for p in range(length):
+                root = f
+                while p in cell_of and not mask[root, cell_of[p]]:
+                    root = counterpart(root, 4)
+                rows.append(start + root * length + p)
+    return torch.tensor(rows)
+
+
 @contextlib.contextmanager
-def overwritten(model: Any, skips: Any, work: Any) -> Iterator[None]:
+def overwritten(skips: Any, work: Any) -> Iterator[None]:
     """The oracle's hooks: rows that left are those of the computed rows that answer for them."""
-    row_of = work.rows.nonzero()[:, 0][work.answers]  # of all rows
+    row_of = answers_of(work)
 
     def filled(states: Tensor) -> Tensor:
         rows = states.reshape(-1, states.shape[-1])
@@ -132,8 +182,6 @@ def skipped(
 
     def noted(self: Any, work: Any, states: Tensor) -> Any:
         keep = choose(self, work, states)
-        if keep is not None:
-            work.rows, work.answers = work.keep, work.stand
         seen.append(work)
         return keep
 
@@ -164,8 +212,8 @@ def test_features_equal_the_oracles(family: str, kind: str, layer: int) -> None:
         stock, _ = features(model, inputs)
     with untouched(model):
         made, output, skips, work = skipped(model, inputs, method, source)
-    assert work.keep is None and work.rows is not None  # given back, and something left
-    with torch.no_grad(), overwritten(model, skips, work):
+    assert work.keep is None and work.stand is not None  # given back, and something left
+    with torch.no_grad(), overwritten(skips, work):
         expected, _ = features(model, inputs)
     for a, b in zip(made, expected, strict=True):
         close(a, b)

@@ -68,7 +68,7 @@ class EchoHooks:
             echoes = None if forward is None else forward.echoes
             if forward is not None and handler is None and not (self._asking or self._computing):
                 forward.reached += forward.cache is not None
-            if echoes is None:
+            if forward is None or echoes is None:
                 return (handler or _plainly)(inner, module, args, kwargs)
             _check_plain(kwargs)
             if self._asking:
@@ -77,6 +77,7 @@ class EchoHooks:
             if self._computing:
                 return _attend(echoes, echoes.own, module, *args[:3], **kwargs)
             echoes.of_rows = args[1], args[2]
+            forward.echo_layers += 1
             seen = partial(_attend, echoes, echoes.seen)
             return (handler or _plainly)(seen, module, args, kwargs)
 
@@ -148,7 +149,11 @@ class EchoHooks:
         echoes, forward = self._echoes, self._running()
         if echoes is None or forward is None or output is None:
             return
+        forward.exact_layers += exact
         if top:
+            assert forward.record is not None
+            forward.record.echo_layers = forward.echo_layers
+            forward.record.exact_layers = forward.exact_layers
             forward.echoes = None
             return
         if exact:

@@ -33,6 +33,7 @@ class Forward:
     scores, source : attention of each prompt's last token, (B, rows), where a method drops rows
         inside, and the rows that stayed, (B, rows left), once they are known.
     echoes : the merged tokens, where the lower layers still see them.
+    echo_layers, exact_layers : layers that saw them so far, and those of them that were exact.
     reached : calls of overridden attention modules, to know that none went another way.
     """
 
@@ -53,4 +54,6 @@ class Forward:
     scores: Tensor | None = None
     source: Tensor | None = None
     echoes: Echoes | None = None
+    echo_layers: int = 0
+    exact_layers: int = 0
     reached: int = 0

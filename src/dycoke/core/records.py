@@ -73,6 +73,8 @@ class Record:
     videos : the videos of each row of the batch.
     reason : why nothing was compressed, where nothing was.
     plan : what its layers do; None where nothing was touched.
+    echo_layers, exact_layers : layers that saw echoes while the prompt was read, counted as they
+        did, and those of them that were exact.
     attended : Tensor, long, (B,): visual tokens that a decode step attends to; None where nothing
         was touched.
     refreshes, recalled : Tensor, long, (B,), without the first selection; 0 before that.
@@ -92,6 +94,8 @@ class Record:
     reason: str | None = None
     trace: Trace | None = None
     plan: LayerPlan | None = None
+    echo_layers: int = 0
+    exact_layers: int = 0
     attended: Tensor | None = None
     refreshes: Tensor | int = 0
     recalled: Tensor | int = 0
@@ -165,9 +169,7 @@ class Record:
                 row * (length if w is None else min(older, w - 1) + self.newest)
                 for row, w in self.rows
             )
-        plan, echoes = self.plan, (0, 0)
-        if plan is not None and kept < visual:
-            echoes = len(plan.echoes), len(plan.exact)
+        plan = self.plan if self.plan is not None and self.plan.kind == "select" else None
         return Report(
             engaged=reason is None,
             reason=reason,
@@ -180,10 +182,10 @@ class Record:
             samples=samples,
             below=self.below,
             method=self.method,
-            echo_layers=echoes[0],
-            exact_layers=echoes[1],
-            score_layer=plan.scoring if plan is not None and plan.kind == "select" else None,
-            scores_late=plan is not None and plan.kind == "select" and plan.late,
+            echo_layers=self.echo_layers,
+            exact_layers=self.exact_layers,
+            score_layer=None if plan is None else plan.scoring,
+            scores_late=plan is not None and plan.late,
         )
 
 

@@ -226,12 +226,10 @@ class Skips(Notes):
                 f"skip_ratio={self.ratio:g} is for inference; encode under torch.no_grad(), or use "
                 "skip_ratio=0"
             )
-        with self.timed():
-            keep = self._choose(work, states)
-            if keep is None:
-                return None
-            rows = states[keep]
-        rows = rows[None] if work.cells is None else rows
+        keep = self._choose(work, states)
+        if keep is None:
+            return None
+        rows = states[keep][None] if work.cells is None else states[keep]
         return _with(block, args, kwargs, hidden_states=rows)
 
     def _choose(self, work: _Work, states: Tensor) -> Tensor | None:
@@ -263,17 +261,19 @@ class Skips(Notes):
             videos = [part.view(frames, -1, states.shape[-1]) for part, frames in cut]
         start, roots = 0, []
         for video, cells in zip(videos, members, strict=True):
-            mask = computed_cells(video[:, classes:], cells, self.ratio, self.window)
+            cells = cells.to(video.device)
+            chosen = computed_cells(video[:, classes:], cells, self.ratio, self.window)
             keep = torch.ones(video.shape[:2], dtype=torch.bool, device=video.device)
             keep[:, classes:] = False
-            frame, cell = mask.nonzero(as_tuple=True)
-            keep[frame[:, None], classes + cells.to(video.device)[cell]] = True
+            frame, cell = chosen.nonzero(as_tuple=True)
+            keep[frame[:, None], classes + cells[cell]] = True
             length = video.shape[1]
             place = torch.arange(length, device=video.device)
             roots.append((start + answering(keep, self.window) * length + place).flatten())
             start += keep.numel()
             parts.append(keep)
-            work.masks.append(mask)
+            # What is computed, be it for the neighbours' sake, where cells share patches.
+            work.masks.append(keep[:, classes + cells].all(-1))
         rows = torch.cat([part.flatten() for part in parts])
         if bool(rows.all()):
             return None
