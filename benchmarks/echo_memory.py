@@ -17,21 +17,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    Qwen2Config,
-    SiglipVisionConfig,
-)
 
 from dycoke import DyCoke
+from dycoke.bench.arch import Arch
+from dycoke.bench.peak import peak_rss
 from dycoke.vision.chunks import encode_in_chunks
 
 VIDEO_TOKEN, PER_FRAME, SIDE, WARM_UP = 501, 196, 27, 8
@@ -39,35 +34,34 @@ METHODS = {"dycoke": DyCoke(), "dycoke+": DyCoke.plus()}
 
 
 def build(width: int) -> Any:
-    config = LlavaOnevisionConfig(
-        text_config=Qwen2Config(
-            vocab_size=512,
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=4,
-            num_attention_heads=width // 32,
-            num_key_value_heads=2,
-            max_position_embeddings=131072,
-        ),
-        vision_config=SiglipVisionConfig(
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            image_size=SIDE,
-            patch_size=1,
-            vision_use_head=False,
-        ),
-        image_token_index=500,
-        video_token_index=VIDEO_TOKEN,
-    )
-    torch.manual_seed(0)
-    return LlavaOnevisionForConditionalGeneration(config).eval()
+    text = {
+        "model_type": "qwen2",
+        "vocab_size": 512,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 4,
+        "num_attention_heads": width // 32,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 131072,
+    }
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": SIDE,
+        "patch_size": 1,
+        "vision_use_head": False,
+    }
+    tokens = {"image_token_index": 500, "video_token_index": VIDEO_TOKEN}
+    config = {"text_config": text, "vision_config": vision, **tokens}
+    return Arch("narrow", "llava_onevision", config, {}).build("cpu").float()
 
 
 def peak() -> float:
     """Peak resident memory of this process so far, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return (peak_rss() or 0) / 2**20
 
 
 def measure(frames: int, width: int, method: str) -> dict[str, Any]:

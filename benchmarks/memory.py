@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +34,7 @@ from transformers import (
 )
 
 from dycoke import DyCoke
+from dycoke.bench.peak import peak_rss
 from dycoke.vision import memory
 from dycoke.vision.chunks import encode_in_chunks
 
@@ -70,7 +70,7 @@ def build() -> Any:
 
 def peak() -> float:
     """Peak resident memory of this process so far, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return (peak_rss() or 0) / 2**20
 
 
 def measure(frames: int, chunk: int, free: int) -> dict[str, Any]:
