@@ -61,7 +61,8 @@ def test_dictionaries_round_trip(settings: DyCoke) -> None:
     there = json.loads(json.dumps(settings.to_dict()))
     assert DyCoke.from_dict(there) == settings
     assert DyCoke.from_dict({"prune_layer": 5}) == DyCoke(prune_layer=5)
-    with pytest.raises(ValueError, match="no setting 'ratio'; it has echo, echo_exact, merge"):
+    known = "echo, echo_exact, merge, merge_ratio"
+    with pytest.raises(ValueError, match=f"no setting 'ratio'; it has {known}"):
         DyCoke.from_dict({"ratio": 1})
 
 

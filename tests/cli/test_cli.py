@@ -435,6 +435,6 @@ def test_demo_draws_its_picture(run: Any, tmp_path: Path) -> None:
     picture = tmp_path / "demo.png"
     code, out, _ = run("demo", "--seed", 2, "--picture", picture)
     assert code == 0
-    for word in ("truth:", "full:", "DyCoke:", "DyCoke+:", "events told right", "saved"):
+    for word in ("truth:", "full:", "DyCoke:", "DyCoke+:", "ratio", "events told right", "saved"):
         assert word in out
     assert picture.read_bytes().startswith(b"\x89PNG")

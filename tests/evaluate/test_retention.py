@@ -73,7 +73,11 @@ def test_one_shot_methods_are_asked_once() -> None:
     ("names", "asked", "message"),
     [
         (["nothing"], [0.5], "unknown method 'nothing'"),
-        (["visionzip+random"], [0.5], "'random' has no dynamic cache; dycoke, dycoke., once"),
+        (
+            ["visionzip+random"],
+            [0.5],
+            r"'random' has no dynamic cache; dycoke, dycoke\+, once, always",
+        ),
         (["full+dycoke"], [0.5], "nothing is composed with the full model"),
         (["fastv+dycoke"], [0.5], "inside the LLM"),
         (["dycoke"], [50], r"retention must be in \(0, 1\], got 50; did you mean 0.5\?"),

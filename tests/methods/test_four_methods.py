@@ -299,7 +299,8 @@ def test_settings(method: Any) -> None:
     there = json.loads(json.dumps(settings.to_dict()))
     assert there == {"ratio": 0.4, "positions": "original", "echo": 0.0, "echo_exact": 0}
     assert method.from_dict(there) == settings
-    with pytest.raises(ValueError, match="no setting 'K'; it has echo, echo_exact, pos"):
+    known = "echo, echo_exact, positions, ratio"
+    with pytest.raises(ValueError, match=f"no setting 'K'; it has {known}"):
         method.from_dict({"K": 2})
 
 

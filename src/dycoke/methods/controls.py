@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from dycoke.core.method import NO_CONTEXT, VideoContext
+from dycoke.errors import UnsupportedError
 from dycoke.methods.base import Reducer
 from dycoke.methods.dycoke import DyCoke
 from dycoke.video import sample_indices
@@ -64,7 +65,7 @@ class Downsampled(Reducer):
     def reduce(self, features: Tensor, video: VideoContext) -> tuple[Tensor, Tensor]:
         frames, tokens, width = features.shape
         if video.grid is None or video.grid[0] * video.grid[1] != tokens:
-            raise ValueError(
+            raise UnsupportedError(
                 f"the grid of a frame's {tokens} tokens is needed to pool it, and the context says "
                 f"{video.grid}; pass a VideoContext that has grid=(height, width)"
             )
