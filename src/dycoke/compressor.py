@@ -126,11 +126,10 @@ class Compressor(Method):
     def to_dict(self) -> dict[str, Any]:
         """The settings, ready for JSON; `dycoke.methods.to_dict` adds the method's name."""
         self.setting_names()
-        own = sorted(
-            fields(self), key=lambda field: field.kw_only is True
-        )  # echoes behind the method's
         values = asdict(self)
-        return {field.name: values[field.name] for field in own}
+        # The base's own come last, though dataclasses have them first.
+        last = {name: values.pop(name) for name in ("echo", "echo_exact")}
+        return {**values, **last}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:

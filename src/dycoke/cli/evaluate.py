@@ -137,8 +137,7 @@ def eval_command(
         raise BadInput(f"--split must be seen or unseen, got {split!r}")
     options.check_folder(json_file, picture)
     stories = Stories(split, seed, count, model, workers, json_file)
-    standard = {
-        "settings": settings,
+    given = {
         "merge_ratio": merge_ratio,
         "token_budget": token_budget,
         "prune_ratio": prune_ratio,
@@ -149,10 +148,11 @@ def eval_command(
         "skip_ratio": skip_ratio,
         "skip_layer": skip_layer,
     }
+    standard = {"settings": settings, **given}
     arena = {"methods": methods, "against": against, "picture": picture}
     _check_one_kind(retentions, standard, arena)
     if retentions is None:
-        _standard(stories, settings, options.given_settings(**{**standard, "settings": None}))
+        _standard(stories, settings, options.given_settings(**given))
     else:
         from dycoke.cli.arena import over_retentions
 

@@ -239,8 +239,8 @@ class StoryQA:
         if not self._takes_features:
             return {"pixel_values_videos": videos}
         output = BaseModelOutputWithPooling(pooler_output=videos)
-        for name in encoded[0].notes:
-            setattr(output, name, [video.notes[name] for video in encoded if name in video.notes])
+        for name in set(NOTES).intersection(*(video.notes for video in encoded)):
+            setattr(output, name, [video.notes[name] for video in encoded])
         return {"mm_encoder_outputs": {"video": output}}
 
     def _watch(self, told: Sequence[stories.Story], compressor: Compressor | None = None) -> Any:
