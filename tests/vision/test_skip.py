@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from support import close, compressed, exact, generate, inputs_of, model_of, unt
 from torch import Tensor
 
 from dycoke import DyCoke, UnsupportedError
+from dycoke.merging import merge_mask
+from dycoke.models import family_of
 from dycoke.vision import encoder, skip
 from dycoke.vision.chunks import encode_in_chunks
 from dycoke.vision.skip import answering, computed_cells, square_cells
@@ -85,14 +88,15 @@ def test_cells_are_what_pooling_reads(patches: int, tokens: int) -> None:
 
 
 def test_a_cell_counts_as_computed_where_its_patches_are(monkeypatch: Any) -> None:
-    """Of a square of 5 pooled to 3 the middle rows are shared: neighbours compute them all."""
+    """Of a square of 5 pooled to 4, neighbours may compute all patches of a cell between them."""
     model = model_of("llava_onevision")
     with DyCoke(skip_ratio=0.5)(model) as run:
         skips = run._engine.skips
-        assert skips is not None
-        cells = square_cells(5, 3)
-        for chosen in ([0, 2, 6, 8], [1, 3, 5, 7], [4]):
-            made = torch.zeros(2, 9, dtype=torch.bool)
+        assert skips is not None and skips.family is not None
+        skips.family = replace(skips.family, token_side=lambda config, side: 4)
+        cells = square_cells(5, 4)
+        for chosen, more in (([0, 2, 8, 10], {1, 4, 5, 6, 9}), ([5], set()), ([0, 15], set())):
+            made = torch.zeros(2, 16, dtype=torch.bool)
             made[0], made[1, chosen] = True, True
             monkeypatch.setattr(encoder, "computed_cells", lambda *_, made=made: made)
             work = encoder._Work([2], None)
@@ -100,6 +104,7 @@ def test_a_cell_counts_as_computed_where_its_patches_are(monkeypatch: Any) -> No
             assert kept is not None
             patches = {p for c in chosen for p in cells[c].tolist()}
             expected = [set(row) <= patches for row in cells.tolist()]
+            assert {c for c in range(16) if expected[c]} == {*chosen, *more}
             assert work.masks[0][1].tolist() == expected and work.masks[0][0].all()
             assert int(kept[1].sum()) == len(patches)
 
@@ -230,6 +235,55 @@ def test_features_equal_the_oracles(family: str, kind: str, layer: int) -> None:
             own = everything[start + f]
             assert own.all() if f % 4 == 0 else own.sum() in (count, tokens)
         start += length
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"])
+def test_notes_are_in_the_order_of_the_prompt(family: str) -> None:
+    """A token that was left out has the features of the token at its own place, and others not.
+
+    Several windows of Qwen2.5-VL's encoder in a slice, so that its order is not the prompt's.
+    """
+    model, (frames, height, width) = model_of(family), (5, 8, 12)
+    vision = model.config.vision_config
+    channels = 3 * vision.temporal_patch_size * vision.patch_size**2
+    g = torch.Generator().manual_seed(0)
+    still = torch.randn(height * width, channels, generator=g)
+    change = torch.randn(frames, height * width, channels, generator=g)
+    pixels = (still + 0.3 * change).flatten(0, 1)
+    grid = torch.tensor([[frames, height, width]])
+    order = family_of(model.config).encoder_order
+    if family == "qwen2_5_vl":
+        assert order is not None
+        assert not torch.equal(order(vision, (1, 4, 6)), torch.arange(24))
+    with DyCoke(skip_ratio=0.5)(model), torch.no_grad():
+        output = model.base_model.get_video_features(pixels, grid, return_dict=True)
+    ((encoded,),) = output.encoded
+    made = torch.cat(list(output.pooler_output)).view(frames, 24, -1)
+    assert encoded.shape == (frames, 24) and not encoded.all()
+    for f in range(frames):
+        for n in range(24):
+            same = torch.allclose(made[f, n], made[counterpart(f, 4), n])
+            assert bool(encoded[f, n]) != same or f % 4 == 0
+
+
+def test_anchors_that_were_not_computed_are_noticed() -> None:
+    """Two prompts' images, taken for one video, whose windows do not end where the first does."""
+    model = model_of("internvl")
+    inputs = inputs_of("internvl", [[6], [6]], [(5, 7), (3, 4)])
+    with pytest.raises(UnsupportedError, match=r"encoded as a part of another one.* frame_source"):
+        compressed(model, DyCoke(skip_ratio=0.6), inputs, 2, frame_source="images")
+    output, run = compressed(model, DyCoke(skip_ratio=0.6), inputs, 2, frame_source=[6, 6])
+    assert run.report.engaged and len(output.logits) == 2
+
+
+def test_what_was_not_encoded_leaves_before_what_is_most_alike() -> None:
+    features = torch.randn(4, 10, 5, dtype=torch.float64)
+    features[1:, :5] = features[0, :5]  # the first five never change
+    encoded = torch.ones(4, 10, dtype=torch.bool)
+    assert not merge_mask(features, 0.5)[1:, :5].any()
+    encoded[1:, 5:] = False
+    keep = merge_mask(features, 0.5, encoded=encoded)
+    assert keep[0].all() and keep[1:, :5].all() and not keep[1:, 5:].any()
 
 
 @families
