@@ -19,7 +19,7 @@ from dycoke.compat import cache_name, cache_of, chat_prompt
 from dycoke.compressor import Compressor
 from dycoke.core.cache_rules import DycokeCache
 from dycoke.core.positions import PositionOffset, offset_after
-from dycoke.core.records import Trace
+from dycoke.core.steps import OnStep, Trace
 from dycoke.errors import UnsupportedError
 from dycoke.models.locate import frame_source_of, processor_options
 from dycoke.report import Report
@@ -172,6 +172,7 @@ class Assistant:
         on_text: Callable[[str], None] | None = None,
         trace: bool = False,
         encode_frames: int | str = AUTO,
+        on_step: OnStep | None = None,
         **generate: Any,
     ) -> Answer:
         """Answer a question about a video, greedily unless ``generate`` says otherwise.
@@ -187,6 +188,8 @@ class Assistant:
         trace : keep what the compressor kept and attended to.
         encode_frames : most frames that the vision encoder takes at once, at least 2; or "auto",
             as many as fit in half of the free memory.
+        on_step : called after each forward with a `Step`, see `Compressor.__call__`; never where
+            there is no compressor.
         generate : further arguments of the model's own ``generate``.
 
         Raises
@@ -204,7 +207,7 @@ class Assistant:
         video_s = time.perf_counter() - began
         generate |= {"max_new_tokens": max_new_tokens}
         with encode_in_chunks(self.model, encode_frames):
-            return self._answer(inputs, video_s, compressor, on_text, trace, generate)
+            return self._answer(inputs, video_s, compressor, on_text, trace, on_step, generate)
 
     def watch(
         self,
@@ -213,12 +216,14 @@ class Assistant:
         frames: int = 32,
         trace: bool = False,
         encode_frames: int | str = AUTO,
+        on_step: OnStep | None = None,
     ) -> Seen:
         """Encode and prefill a video once, and then ask it any number of questions.
 
         Parameters
         ----------
-        video, compressor, frames, trace, encode_frames : as in `ask`.
+        video, compressor, frames, trace, encode_frames, on_step : as in `ask`. ``on_step`` hears
+            of the video's own forward, and of every question's.
 
         Raises
         ------
@@ -229,7 +234,7 @@ class Assistant:
         if not isinstance(video, Video):
             video = read(video, frames)
         with encode_in_chunks(self.model, encode_frames):
-            return Seen(self, video, compressor, trace, began)
+            return Seen(self, video, compressor, trace, on_step, began)
 
     def _refused(self, video: Video, error: ValueError) -> str:
         """What to say where the processor did not take the frames."""
@@ -249,6 +254,7 @@ class Assistant:
         compressor: Compressor | None,
         on_text: Callable[[str], None] | None,
         trace: bool,
+        on_step: OnStep | None,
         generate: dict[str, Any],
     ) -> Answer:
         watch = Stopwatch(self.model)
@@ -256,7 +262,8 @@ class Assistant:
             generate = GREEDY | generate
         streamer = _Streamer(self.processor.tokenizer, on_text) if on_text else None
         # Whatever the processor makes of the frames, they are those of one video.
-        with watch.compressing(compressor, trace, frame_source_of(self.model.config)) as run:
+        source = frame_source_of(self.model.config)
+        with watch.compressing(compressor, trace, source, on_step) as run:
             output = self.model.generate(**inputs, streamer=streamer, **generate)
         watch.timings.video_s = video_s
         watch.timings.total_s += video_s
@@ -289,11 +296,12 @@ class Seen:
         video: Video,
         compressor: Compressor | None,
         trace: bool,
+        on_step: OnStep | None,
         began: float,
     ) -> None:
         self._assistant, self._video = assistant, video
         self._content = _content(video)
-        self._compressor, self._trace = compressor, trace
+        self._compressor, self._trace, self._on_step = compressor, trace, on_step
         inputs = assistant.prepare(video, "?")
         ids = inputs["input_ids"]
         # After the video a prompt is text, which the tokenizer alone can do, unless it does
@@ -320,7 +328,8 @@ class Seen:
             lambda module, args, kwargs: given.update(kwargs), with_kwargs=True
         )
         try:
-            with stopwatch.compressing(compressor, trace, frame_source) as run, torch.no_grad():
+            watching = stopwatch.compressing(compressor, trace, frame_source, on_step)
+            with watching as run, torch.no_grad():
                 self._cache = cache_of(model(**prefix, use_cache=True, logits_to_keep=1))
         finally:
             hook.remove()
@@ -369,6 +378,7 @@ class Seen:
         max_new_tokens: int = 128,
         on_text: Callable[[str], None] | None = None,
         video: str | os.PathLike[str] | Video | None = None,
+        on_step: OnStep | None = None,
         **generate: Any,
     ) -> Answer:
         """Answer a question.
@@ -377,6 +387,7 @@ class Seen:
         ----------
         video : the clip that the question is about, where the caller wants that checked. Clips of
             one length and size have equal prompts, so nothing but the frames tells them apart.
+        on_step : as in `Assistant.ask`; None for that of `Assistant.watch`.
         question, max_new_tokens, on_text, generate : as in `Assistant.ask`.
 
         Raises
@@ -403,7 +414,13 @@ class Seen:
         video_s = time.perf_counter() - began
         generate |= {"max_new_tokens": max_new_tokens}
         return self._assistant._answer(
-            inputs, video_s, self._compressor, on_text, self._trace, generate
+            inputs,
+            video_s,
+            self._compressor,
+            on_text,
+            self._trace,
+            on_step or self._on_step,
+            generate,
         )
 
 
