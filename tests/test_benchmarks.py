@@ -50,7 +50,9 @@ def last(printed: str) -> Any:
 def test_all_scripts_are_run_here() -> None:
     run = {
         "echo_memory",
+        "encoder_accuracy",
         "encoder_memory",
+        "encoder_motion",
         "lmms_storyqa",
         "many_questions",
         "memory",
@@ -122,6 +124,23 @@ def test_echo_memory(script: Script) -> None:
     result = last(script("echo_memory", "--frames", 3, "--width", 64))
     assert [line["frames"] for line in result["lines"]] == [3]
     assert {"dycoke", "dycoke+", "more_per_frame_mib"} <= set(result["lines"][0])
+
+
+def test_encoder_motion(script: Script) -> None:
+    lines = script("encoder_motion", "--clips", 1).splitlines()
+    found = {line[:42].strip(): [float(x) for x in line[42:].split()] for line in lines[1:]}
+    apart, error, _, encoded = found["strong middle texture, cut"]
+    assert apart > 0.5 and error == 0 and encoded == 1  # a cut is seen, and then all is computed
+    apart, error, _, encoded = found["strong middle texture, 0 px a frame"]
+    assert apart < 0.5 and 0 < error < 1 and encoded < 0.5
+
+
+@pytest.mark.skipif(transformers.__version__ < "5.23", reason="it does not take features")
+def test_encoder_accuracy(script: Script) -> None:
+    lines = script("encoder_accuracy", "--stories", 2, "--seed", 7).splitlines()
+    shares = {line[:20].strip(): [float(x) for x in line[20:].split()] for line in lines[:9]}
+    assert shares["full"][0] > 80 and len(shares) == 9
+    assert lines[9].startswith("skipping P=0 - same mask P=0:")
 
 
 @pytest.mark.skipif(

@@ -25,8 +25,8 @@ REACH = 4
 BLOCK = 256
 """Queries whose mask is made at once."""
 
-KEPT_MASKS = 1 << 22
-"""Places of masks that are kept from layer to layer; larger ones are made anew in each."""
+KEPT_MASKS = 1 << 24
+"""Bytes of masks that are kept from layer to layer; larger ones are made anew in each."""
 
 FAR = 1 << 40  # behind every row
 
@@ -108,12 +108,12 @@ class Visible:
         return made
 
     def _mask(self, block: int, window: int, rows: int, query: Tensor) -> Tensor:
-        """What is added to a block's products: (B, 1, queries, window + rows), 0 or -inf.
+        """What a block sees: bool, (B, 1, queries, window + rows).
 
         Echoes stand in front of the rows, the last one that a block sees in the last place.
         """
         if block in self.masks:
-            return self.masks[block].to(query.device, query.dtype)
+            return self.masks[block].to(query.device)
         _, _, last = self.blocks[block]
         part, device = slice(block * BLOCK, (block + 1) * BLOCK), self.rows.device
         seen = [
@@ -123,8 +123,7 @@ class Visible:
                 (self.rows, torch.arange(rows, device=device)),
             )
         ]
-        hidden = torch.cat(seen, 2).logical_not_()[:, None].to(query.device)
-        mask = query.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        mask = torch.cat(seen, 2)[:, None].to(query.device)
         if len(self.blocks) * mask.numel() <= KEPT_MASKS:
             self.masks[block] = mask
         return mask
