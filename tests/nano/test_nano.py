@@ -163,7 +163,7 @@ def test_events_follow_each_other() -> None:
 # -- files
 
 
-def test_a_story_is_the_same_file_in_every_run(tmp_path) -> None:
+def test_a_story_is_the_same_file_in_every_run(tmp_path: Path) -> None:
     """Whatever lies in memory: encoders may let it decide."""
     story = stories.make("seen", 5004)
     files = {stories.write(story, tmp_path / f"{i}.mp4").read_bytes() for i in range(4)}
