@@ -1,6 +1,7 @@
 "use strict";
 const $ = (id) => document.getElementById(id);
 const COLOURS = { active: "#f5a524", recalled: "#38a3f5", dark: "#15181d", hatch: "#4a515c" };
+const SHADE = { kept: 0.42, gone: 0.86 };
 const SIDE = 192; // longer side of a frame's canvas, in its own pixels
 const REPLAY = 420; // milliseconds a word
 const state = { config: null, clip: null, panes: [], focus: null, aborting: null };
@@ -54,7 +55,7 @@ class Pane {
     this.places = []; // of the kept tokens, among all
     for (let i = 0; i < event.tokens; i++) if (has(this.keep, i)) this.places.push(i);
     this.perFrame = event.grid[0] * event.grid[1];
-    this.skipped = this.encoded ? event.tokens - size(this.encoded) : 0;
+    if (this.encoded) $("skipped").hidden = false;
     const [height, width] = event.size;
     const scale = SIDE / Math.max(height, width);
     this.box = [Math.round(width * scale), Math.round(height * scale)];
@@ -136,9 +137,14 @@ class Pane {
 
   choose(index, quiet = false) {
     if (!this.steps[index]) return;
-    if (!quiet) this.follow = index === this.steps.length - 1 && !this.finished;
+    if (!quiet) {
+      this.follow = index === this.steps.length - 1 && !this.finished;
+      for (const other of state.panes) // side by side: the same word of both
+        if (other !== this && other.finished) other.choose(Math.min(index, other.steps.length - 1), true);
+    }
     this.at = index;
     this.slider.value = index;
+    this.slider.style.setProperty("--done", this.steps.length > 1 ? index / (this.steps.length - 1) : 0);
     this.draw();
     if (!quiet) this.find(".said").textContent = this.describe();
   }
@@ -202,13 +208,13 @@ class Pane {
       const v = index[f * this.perFrame + j];
       if (v < 0) {
         const skipped = this.encoded && !has(this.encoded, f * this.perFrame + j);
-        this.shade(pen, x, y, w, h, 0.84);
+        this.shade(pen, x, y, w, h, SHADE.gone);
         if (skipped) hatch(pen, x, y, w, h);
         continue;
       }
       counts.kept++;
       if (!step || !has(step.active, v)) {
-        this.shade(pen, x, y, w, h, 0.5);
+        this.shade(pen, x, y, w, h, SHADE.kept);
         continue;
       }
       counts.active++;
@@ -343,6 +349,7 @@ async function run(asked, alone) {
   if (!alone) state.panes[0].draw();
   state.focus = pane;
   $("legend").hidden = false;
+  if (alone) $("skipped").hidden = true;
   busy(true);
   try {
     await answer(pane, aborting.signal);
