@@ -114,6 +114,22 @@ def test_steps_of_questions_on_a_watched_video(family: str, load: Any, clip: Pat
     assert [step.index for step in every] == [0, 0, 1]
 
 
+def test_cells_that_the_encoder_leaves_out(load: Any, clip: Path) -> None:
+    """Chunks of frames, which `ask` and `watch` make by themselves, are whole windows then."""
+    assistant, method = load("llava_onevision"), DyCoke(skip_ratio=0.5)
+    expected = assistant.ask(clip, "what", method, frames=9, encode_frames=9, max_new_tokens=4)
+    assert expected.report is not None
+    video = expected.report.samples[0].videos[0]
+    assert video.encoded_tokens < video.visual_tokens
+    for encode_frames in ("auto", 4):
+        answer = assistant.ask(
+            clip, "what", method, frames=9, encode_frames=encode_frames, max_new_tokens=4
+        )
+        assert (answer.tokens, answer.report) == (expected.tokens, expected.report)
+        seen = assistant.watch(clip, method, frames=9, encode_frames=encode_frames)
+        assert seen.ask("what", max_new_tokens=4).tokens == expected.tokens
+
+
 @every
 def test_questions_where_text_is_not_tokenised_alone_take_the_processor(
     family: str, load: Any, clip: Path, monkeypatch: Any

@@ -234,8 +234,9 @@ class Assistant:
         inputs = self.prepare(video, question)
         video_s = time.perf_counter() - began
         generate |= {"max_new_tokens": max_new_tokens}
-        with encode_in_chunks(self.model, encode_frames):
-            return self._answer(inputs, video_s, compressor, on_text, trace, on_step, generate)
+        return self._answer(
+            inputs, video_s, compressor, on_text, trace, on_step, encode_frames, generate
+        )
 
     def watch(
         self,
@@ -261,8 +262,7 @@ class Assistant:
         began = time.perf_counter()
         if not isinstance(video, Video):
             video = read(video, frames)
-        with encode_in_chunks(self.model, encode_frames):
-            return Seen(self, video, compressor, trace, on_step, began)
+        return Seen(self, video, compressor, trace, on_step, encode_frames, began)
 
     def _refused(self, video: Video, error: ValueError) -> str:
         """What to say where the processor did not take the frames."""
@@ -283,6 +283,7 @@ class Assistant:
         on_text: Callable[[str], None] | None,
         trace: bool,
         on_step: OnStep | None,
+        encode_frames: int | str,
         generate: dict[str, Any],
     ) -> Answer:
         watch = Stopwatch(self.model)
@@ -291,7 +292,9 @@ class Assistant:
         streamer = _Streamer(self.processor.tokenizer, on_text) if on_text else None
         # Whatever the processor makes of the frames, they are those of one video.
         source = frame_source_of(self.model.config)
-        with watch.compressing(compressor, trace, source, on_step) as run:
+        compressing = watch.compressing(compressor, trace, source, on_step)
+        # Chunks inside the block: where the encoder leaves cells out, they are whole windows.
+        with compressing as run, encode_in_chunks(self.model, encode_frames):
             output = self.model.generate(**inputs, streamer=streamer, **generate)
         watch.timings.video_s = video_s
         watch.timings.total_s += video_s
@@ -327,6 +330,7 @@ class Seen:
         compressor: Compressor | None,
         trace: bool,
         on_step: OnStep | None,
+        encode_frames: int | str,
         began: float,
     ) -> None:
         self._assistant, self._video = assistant, video
@@ -359,7 +363,8 @@ class Seen:
         )
         try:
             watching = stopwatch.compressing(compressor, trace, frame_source, on_step)
-            with watching as run, torch.no_grad():
+            chunks = encode_in_chunks(model, encode_frames)
+            with watching as run, chunks, torch.no_grad():
                 self._cache = cache_of(model(**prefix, use_cache=True, logits_to_keep=1))
         finally:
             hook.remove()
@@ -483,6 +488,7 @@ class Seen:
             on_text,
             self._trace,
             on_step or self._on_step,
+            AUTO,
             generate,
         )
 

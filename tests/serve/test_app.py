@@ -264,3 +264,28 @@ def test_settings_without_a_method_change_the_servers_own() -> None:
     assert compressor_of({"method": "full"}, default) is None
     with pytest.raises(ValueError, match="the full model has no settings"):
         compressor_of({"method": "full", "echo": 0.5}, default)
+
+
+def test_steps_come_with_the_words(ask: Any, nano: Assistant, clip: Callable[[int], Path]) -> None:
+    text = alone(nano, clip(301), create("dycoke"), 12).text
+    chunks = list(ask(stream=True, max_tokens=12, extra_body={"dycoke": {"steps": True}}))
+    told: list[dict[str, Any]] = [getattr(chunk, "dycoke", None) or {} for chunk in chunks]
+    events = [event for event in told if "event" in event]
+    assert [event["event"] for event in events] == ["start"] + ["word"] * 12
+    assert (events[0]["tokens"], len(events[0]["frames"])) == (864, 24)
+    assert "".join(event["text"] for event in events[1:]).strip() == text
+    words = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(words) == text
+    two = [part for _ in range(2) for part in ask_about(data_url(clip(301)), "x")[0]["content"]]
+    with pytest.raises(openai.BadRequestError, match="steps are of one video, got 2"):
+        ask(messages=[{"role": "user", "content": two}], extra_body={"dycoke": {"steps": True}})
+
+
+def test_the_page_asks_through_the_same_queue(nano: Assistant) -> None:
+    server = Server(nano, Settings(viewer=True))
+    with listening(server) as address:
+        assert "<html" in httpx.get(f"{address}/").text
+        query: dict[str, Any] = {"story": 3, "question": TELL, "method": "dycoke", "words": 5}
+        got = httpx.post(f"{address}/viewer/ask", params=query, timeout=60)
+    events = [json.loads(line) for line in got.text.splitlines()]
+    assert [event["event"] for event in events] == ["start", *["word"] * 5, "done"]
