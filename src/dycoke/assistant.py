@@ -22,6 +22,7 @@ from dycoke.core.positions import PositionOffset, offset_after
 from dycoke.core.records import Trace
 from dycoke.errors import UnsupportedError
 from dycoke.models.locate import frame_source_of, processor_options
+from dycoke.precision import choose_format
 from dycoke.report import Report
 from dycoke.timing import Stopwatch, Timings
 from dycoke.video import Video, read
@@ -61,14 +62,6 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def best_dtype(device: str) -> torch.dtype:
-    """bfloat16 on CUDA (float16 on GPUs without it), float16 on MPS, float32 on the CPU."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.float16 if kind == "mps" else torch.float32
 
 
 def metadata_of(video: Video) -> VideoMetadata:
@@ -118,23 +111,21 @@ class Assistant:
         ----------
         source : directory or hub id; None for the embedded nano model.
         device : such as "cuda:1"; None for `best_device`.
-        dtype : a torch dtype or its name; None for `best_dtype`.
+        dtype : a torch dtype or its name; None for the one in which the device computes fastest,
+            and float32 for the nano model on a CPU (`dycoke.precision.choose_format`).
         attention : such as "flash_attention_2"; None for transformers' choice.
 
         Raises
         ------
         OSError, ValueError
-            From transformers, where there is no such checkpoint or it is not an image-text one.
+            From transformers, where there is no such checkpoint or it is not an image-text one;
+            for an unknown dtype.
         """
         source = nano.path() if source is None else source
         device = device or best_device()
-        if isinstance(dtype, str):
-            named = getattr(torch, dtype, None)
-            if not isinstance(named, torch.dtype):
-                raise ValueError(f"unknown dtype {dtype!r}; try bfloat16, float16 or float32")
-            dtype = named
+        dtype = choose_format(device, dtype, nano.is_at(source)).dtype
         model = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype or best_dtype(device), attn_implementation=attention
+            source, dtype=dtype, attn_implementation=attention
         )
         return cls(model.to(device).eval(), AutoProcessor.from_pretrained(source))
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dycoke import DyCoke, costs, methods
+from dycoke import DyCoke, costs, methods, precision
 from dycoke.bench import peak, plan, results, show, speed
 from dycoke.bench.arch import ARCHS, Arch, _text
 from dycoke.compressor import Compressor
@@ -183,8 +183,8 @@ def test_counts_and_bytes_are_those_of_the_run(clip: str) -> None:
     assert (full["kept_tokens"], full["active_tokens"]) == (visual, visual)
     assert (ours["kept_tokens"], ours["active_tokens"]) == (kept, active)
     # 2 samples; 30 tokens of text, a newline, and all new ones but the last; keys and values in
-    # bfloat16, of 2 heads 8 wide.
-    row = 2 * 2 * 2 * 8 * 2
+    # float32, of 2 heads 8 wide.
+    row = 2 * 2 * 2 * 8 * 4
     assert full["kv_bytes"] == LAYERS * (visual + 31 + NEW - 1) * row
     assert LAYERS * (kept + 31 + NEW - 1) * row <= ours["kv_bytes"]
     assert ours["kv_bytes"] <= LAYERS * (kept + 31 + 64) * row
@@ -233,12 +233,28 @@ def test_scores_of_the_vision_encoder_are_compression(clip: str, monkeypatch: An
 
 @pytest.mark.parametrize("arch", [NEXT, QWEN], ids=lambda arch: arch.name)
 def test_every_family_runs_from_pixels(clip: str, arch: Arch) -> None:
-    bench = speed.Bench(planned("full", "dycoke", arch=arch, repeat=1, batch=2, frames=8))
+    plan = planned("full", "dycoke", arch=arch, repeat=1, batch=2, frames=8, dtype="bfloat16")
+    bench = speed.Bench(plan)
     assert bench.model.dtype == torch.bfloat16
     samples = bench.measure(clip)
     report = samples["dycoke"][0].report
     assert report is not None and report.engaged
     assert [s.visual_tokens for s in report.samples] == [samples["full"][0].visual_tokens] * 2
+
+
+def test_a_plans_number_format_follows_the_processor(monkeypatch: Any) -> None:
+    monkeypatch.setattr(precision, "instructions", lambda: frozenset({"avx512_bf16"}))
+    chosen = [
+        planned("full", **how).number_format.dtype
+        for how in (
+            {},
+            {"dtype": "float32"},
+            {"arch": None},
+            {"arch": None, "model": "some/hub-id"},
+        )
+    ]
+    assert chosen == [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
+    assert speed.Bench(planned("full")).model.dtype == torch.bfloat16
 
 
 def test_medians_least_and_most() -> None:
@@ -324,12 +340,13 @@ def test_the_command(run: Any, clip: str, tmp_path: Path, peaks: list[str]) -> N
 
 
 def test_the_embedded_model_and_a_rendered_story(run: Any, tmp_path: Path) -> None:
-    code, out, _ = run("bench", "--frames", 30, "--new-tokens", 1, "--repeat", 1, "--no-peak",
+    code, out, err = run("bench", "--frames", 30, "--new-tokens", 1, "--repeat", 1, "--no-peak",
                        "--methods", "dycoke", "--device", "cpu",
                        "--picture", tmp_path / "b.png")  # fmt: skip
     assert code == 0
     content = json.loads(out.splitlines()[-1])
     assert (content["model"], content["frames"]) == ("nano", 30)
+    assert content["dtype"] == "float32" and "number format: float32 (the embedded model)" in err
     assert content["video"] == "a story rendered by dycoke.nano.stories"
     assert content["results"][0]["vs_full"] is content["results"][0]["peak_bytes"] is None
     assert content["results"][0]["stages"]["per_token_s"] == 0
@@ -342,6 +359,7 @@ def test_the_embedded_model_and_a_rendered_story(run: Any, tmp_path: Path) -> No
         (("--methods", "full,nothing"), "unknown method 'nothing'; there are full, dycoke, "),
         (("--methods", ","), "no method is named; there are full, dycoke, "),
         (("--device", "abacus"), "unknown device 'abacus'; there are cpu"),
+        (("--dtype", "float99"), "unknown dtype 'float99'; try bfloat16, float16, float32"),
         (("--retention", "0"), "retention must be in (0, 1], got 0"),
         (("--retention", "30"), "retention must be in (0, 1], got 30; did you mean 0.3?"),
         (("--ratio", "0.3"), "--ratio is now --retention, the share of the visual tokens that"),

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from dycoke import methods
+from dycoke import methods, nano
 from dycoke.assistant import best_device
 from dycoke.bench.arch import Arch
 from dycoke.nano import stories
+from dycoke.precision import NumberFormat, choose_format
 from dycoke.video import MAX_PIXELS
 
 
@@ -36,11 +37,12 @@ class Plan:
     retention : share of the visual tokens that stays, in (0, 1]; None for each method's default.
     device : such as "cuda:1"; None for the best there is.
     attention : such as "flash_attention_2"; None for transformers' choice.
+    dtype : name of the number format; None for `dycoke.precision.choose_format`.
 
     Raises
     ------
     ValueError
-        For an unknown method or device, with those there are; for a count below 1.
+        For an unknown method, device or number format, with those there are; for a count below 1.
     """
 
     methods: tuple[str, ...]
@@ -54,6 +56,7 @@ class Plan:
     retention: float | None = None
     device: str | None = None
     attention: str | None = None
+    dtype: str | None = None
     stream: int | None = None
     max_pixels: int = MAX_PIXELS
 
@@ -67,10 +70,17 @@ class Plan:
             methods.create(name, retention=self.retention)  # an error now, not after minutes
         if self.device is not None and self.device not in (known := devices()):
             raise ValueError(f"unknown device {self.device!r}; there are {', '.join(known)}")
+        if self.dtype is not None:
+            choose_format("cpu", self.dtype)
 
     @property
     def chosen_device(self) -> str:
         return self.device or best_device()
+
+    @property
+    def number_format(self) -> NumberFormat:
+        embedded = self.arch is None and (self.model is None or nano.is_at(self.model))
+        return choose_format(self.chosen_device, self.dtype, embedded)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

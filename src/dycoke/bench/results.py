@@ -20,6 +20,7 @@ from dycoke.bench.plan import Plan
 from dycoke.bench.speed import Bench, Sample
 from dycoke.core.echo import REACH
 from dycoke.costs import Extras, Shape, counted, seen_share
+from dycoke.precision import name_of
 from dycoke.timing import Timings
 
 TIMED_STAGES = tuple(field.name for field in fields(Timings))
@@ -155,7 +156,7 @@ def heading(bench: Bench, sample: Sample, command: str) -> dict[str, Any]:
         "device": str(model.device),
         "hardware": hardware(model.device),
         "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": name_of(model.dtype),
         "attention": text._attn_implementation,
         "versions": {
             "dycoke": __version__,

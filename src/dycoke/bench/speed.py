@@ -65,13 +65,14 @@ class Bench:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.prepare: Callable[[Video], dict[str, Any]]
+        device, dtype = plan.chosen_device, plan.number_format.dtype
         try:
             if plan.arch is not None:
                 arch = plan.arch
-                self.model = arch.build(plan.chosen_device, plan.attention)
+                self.model = arch.build(device, dtype, plan.attention)
                 self.prepare = lambda video: arch.inputs(self.model, video.frames)
             else:
-                assistant = Assistant.load(plan.model, plan.chosen_device, attention=plan.attention)
+                assistant = Assistant.load(plan.model, device, dtype, plan.attention)
                 self.model = assistant.model
                 self.prepare = lambda video: assistant.prepare(video, QUESTION)
         except (OSError, ValueError, RuntimeError, ImportError) as error:

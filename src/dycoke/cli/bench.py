@@ -40,6 +40,7 @@ def bench(
         int | None, typer.Option(help="Cut an architecture's vision encoder; the output says so.")
     ] = None,
     device: options.Device = None,
+    dtype: options.Dtype = None,
     attention: Annotated[
         str | None, typer.Option(help="Such as flash_attention_2 [default: transformers' choice]")
     ] = None,
@@ -84,6 +85,7 @@ def bench(
             retention=retention,
             device=device,
             attention=attention,
+            dtype=dtype,
         )
     except ValueError as error:
         raise BadInput(str(error)) from None
@@ -101,6 +103,7 @@ def _measure(plan: Plan, peak: bool) -> tuple[dict[str, Any], list[dict[str, Any
     from dycoke.video import VideoError
 
     logging.disable_progress_bar()
+    err.print(f"number format: {plan.number_format}", highlight=False)
     try:
         with video_file(plan) as path, err.status("building the model") as status:
 

@@ -47,7 +47,7 @@ def run(
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the answer.")] = 128,
     device: options.Device = None,
-    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16 [default: by device]")] = None,
+    dtype: options.Dtype = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON on stdout, and nothing else.")
     ] = False,

@@ -61,7 +61,8 @@ def load_assistant(
         from transformers.utils import logging
 
         from dycoke import nano
-        from dycoke.assistant import Assistant
+        from dycoke.assistant import Assistant, best_device
+        from dycoke.precision import choose_format
 
         logging.disable_progress_bar()
         if model is None and not nano.is_trained():
@@ -74,8 +75,11 @@ def load_assistant(
                 "note: the embedded model only knows its own little world of moving shapes; for "
                 "any other clip name a real one with --model"
             )
+        device = device or best_device()
         try:
-            return Assistant.load(model, device, dtype)
+            choice = choose_format(device, dtype, model is None or nano.is_at(model))
+            err.print(f"number format: {choice}", highlight=False)
+            return Assistant.load(model, device, choice.dtype)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             what = "the embedded model" if model is None else f"the model {model!r}"
             where = "" if device is None else f" on the device {device!r}"
