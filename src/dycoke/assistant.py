@@ -191,11 +191,12 @@ class Assistant:
         began = time.perf_counter()
         if not isinstance(video, Video):
             video = read(video, frames)
+        decoded = time.perf_counter()
         inputs = self.prepare(video, question)
-        video_s = time.perf_counter() - began
+        before = decoded - began, time.perf_counter() - decoded
         generate |= {"max_new_tokens": max_new_tokens}
         with encode_in_chunks(self.model, encode_frames):
-            return self._answer(inputs, video_s, compressor, on_text, trace, generate)
+            return self._answer(inputs, before, compressor, on_text, trace, generate)
 
     def watch(
         self,
@@ -236,12 +237,13 @@ class Assistant:
     def _answer(
         self,
         inputs: dict[str, Any],
-        video_s: float,
+        before: tuple[float, float],
         compressor: Compressor | None,
         on_text: Callable[[str], None] | None,
         trace: bool,
         generate: dict[str, Any],
     ) -> Answer:
+        """``before``: seconds of decoding and of the processor."""
         watch = Stopwatch(self.model)
         if not generate.get("do_sample"):
             generate = GREEDY | generate
@@ -249,8 +251,7 @@ class Assistant:
         # Whatever the processor makes of the frames, they are those of one video.
         with watch.compressing(compressor, trace, frame_source_of(self.model.config)) as run:
             output = self.model.generate(**inputs, streamer=streamer, **generate)
-        watch.timings.video_s = video_s
-        watch.timings.total_s += video_s
+        watch.timings.add_video(*before)
         new = output[0, inputs["input_ids"].shape[1] :]
         tokenizer = self.processor.tokenizer
         return Answer(
@@ -282,6 +283,7 @@ class Seen:
         trace: bool,
         began: float,
     ) -> None:
+        decoded = time.perf_counter()
         self._assistant, self._video = assistant, video
         self._content = _content(video)
         self._compressor, self._trace = compressor, trace
@@ -302,7 +304,7 @@ class Seen:
             k: v[:, :shared] if getattr(v, "shape", None) == ids.shape else v
             for k, v in inputs.items()
         }
-        video_s = time.perf_counter() - began
+        processed = time.perf_counter()
 
         model = assistant.model
         stopwatch, frame_source = Stopwatch(model), frame_source_of(model.config)
@@ -322,8 +324,7 @@ class Seen:
             self._offset = offset_after(given.get("position_ids"), None, given["inputs_embeds"])
         self.report: Report | None = None if run is None else run.report
         self.timings: Timings = stopwatch.timings
-        self.timings.video_s = video_s
-        self.timings.total_s += video_s
+        self.timings.add_video(decoded - began, processed - decoded)
 
     def _check(
         self, video: str | os.PathLike[str] | Video | None, generate: dict[str, Any]
@@ -391,10 +392,10 @@ class Seen:
         if self._offset is not None:
             new = ids.shape[1] - self._ids.shape[1]
             inputs["position_ids"] = self._offset.positions(None, ids.shape[1], new, 1)
-        video_s = time.perf_counter() - began
+        before = 0.0, time.perf_counter() - began
         generate |= {"max_new_tokens": max_new_tokens}
         return self._assistant._answer(
-            inputs, video_s, self._compressor, on_text, self._trace, generate
+            inputs, before, self._compressor, on_text, self._trace, generate
         )
 
 

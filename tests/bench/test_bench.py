@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from dycoke import DyCoke, costs, methods, precision
 from dycoke.bench import peak, plan, results, show, speed
@@ -99,6 +100,8 @@ QWEN = Arch(
     },
 )
 TIMINGS = [
+    "decode_s",
+    "process_s",
     "video_s",
     "vision_s",
     "compress_s",
@@ -257,13 +260,37 @@ def test_a_plans_number_format_follows_the_processor(monkeypatch: Any) -> None:
     assert speed.Bench(planned("full")).model.dtype == torch.bfloat16
 
 
+def test_settings_are_measured_beside_the_methods_without_them(clip: str, peaks: Any) -> None:
+    given = {"skip_ratio": 0.6, "skip_layer": 1}
+    names = ("full", "dycoke", "fastv", "dycoke+")
+    made = planned(*names, settings=given, repeat=1, retention=None)
+    head, rows = results.measure(made, clip)
+    lines = ["full", "dycoke", "dycoke skip 0.6 at 1", "fastv", "dycoke+", "dycoke+ skip 0.6 at 1"]
+    assert [row["method"] for row in rows] == lines == list(made.lines()) == peaks
+    by_name = {row["method"]: row for row in rows}
+    for name in ("dycoke", "dycoke+"):
+        plain, skipping = (by_name[n] for n in (name, f"{name} skip 0.6 at 1"))
+        assert {**plain["settings"], **given} == skipping["settings"]
+        assert plain["encoded_tokens"] == plain["visual_tokens"] == FRAMES * TOKENS
+        # Of a frame that is no anchor int(.4 x 9) = 3 tokens are computed, behind a cut all 9.
+        more, left_out = divmod(skipping["encoded_tokens"] - (3 * TOKENS + 6 * 3), TOKENS - 3)
+        assert 0 <= more < 6 and not left_out
+        assert skipping["kept_tokens"] == plain["kept_tokens"]
+    screen = Console(width=80, file=io.StringIO())
+    for table in show.speed_tables(head, rows):
+        assert set(lines) <= set(table.columns[0].cells)
+        screen.print(table)
+    printed = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in printed and "skip 0.6" in printed and "process" in printed
+
+
 def test_medians_least_and_most() -> None:
     bench = speed.Bench(planned("full", "dycoke"))
     report = None
     samples = {
         name: [
             speed.Sample(
-                speed.Timings(1, 2, 0, 4, ttft_s=6, per_token_s=t, total_s=10 * t),
+                speed.Timings(0.5, 0.5, 1, 2, 0, 4, ttft_s=6, per_token_s=t, total_s=10 * t),
                 kv_bytes=100 * factor, peak_bytes=10 * int(t), report=report,
                 frames=1, visual_tokens=9, prompt_tokens=40,
             )
@@ -286,11 +313,12 @@ def test_medians_least_and_most() -> None:
 
 
 def test_stacked_bars_show_the_stages() -> None:
-    stages = dict(zip(TIMINGS, (1.0, 2.0, 0.5, 3.0, 5.5, 0.1, 10.0), strict=True))
+    stages = dict(zip(TIMINGS, (0.75, 0.25, 1.0, 2.0, 0.5, 3.0, 5.5, 0.1, 10.0), strict=True))
     row = {"method": "a", "stages": stages, "stages_min": stages, "stages_max": stages}
     row |= {"vs_full": None}
     assert show.parts(row) == {
-        "video": 1.0, "vision encoder": 2.0, "compression": 0.5, "prefill": 3.0, "decoding": 3.5,
+        "video": 0.75, "processor": 0.25, "vision encoder": 2.0, "compression": 0.5,
+        "prefill": 3.0, "decoding": 3.5,
     }  # fmt: skip
     half = {key: value / 2 for key, value in stages.items()}
     short = {**row, "method": "b", "stages": half, "stages_min": half, "stages_max": half}
@@ -360,6 +388,13 @@ def test_the_embedded_model_and_a_rendered_story(run: Any, tmp_path: Path) -> No
         (("--methods", ","), "no method is named; there are full, dycoke, "),
         (("--device", "abacus"), "unknown device 'abacus'; there are cpu"),
         (("--dtype", "float99"), "unknown dtype 'float99'; try bfloat16, float16, float32"),
+        (
+            ("--methods", "full,fastv", "--skip-ratio", "0.5"),
+            "skip_ratio: none of full, fastv has such settings",
+        ),
+        (("--skip-ratio", "0.9"), "skip_ratio=0.9 must not be above merge_ratio=0.7"),
+        (("--skip-ratio", "0.5", "--retention", "0.5"), "leaves out what merge_ratio drops"),
+        (("--echo", "2"), "echo must be in [0, 1], got 2"),
         (("--retention", "0"), "retention must be in (0, 1], got 0"),
         (("--retention", "30"), "retention must be in (0, 1], got 30; did you mean 0.3?"),
         (("--ratio", "0.3"), "--ratio is now --retention, the share of the visual tokens that"),

@@ -22,6 +22,8 @@ from dycoke.video import MAX_PIXELS
 VIDEOS = Path(__file__).parents[3] / "shared" / "videos"
 CLIPS = sorted(p.name for p in VIDEOS.glob("*.m*") if p.suffix != ".md")
 TIMINGS = [
+    "decode_s",
+    "process_s",
     "video_s",
     "vision_s",
     "compress_s",

@@ -13,7 +13,6 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from dycoke import methods
 from dycoke.bench.plan import Plan
 from dycoke.bench.speed import Bench
 from dycoke.precision import name_of
@@ -61,8 +60,7 @@ def peak_rss() -> int | None:
 def main() -> None:
     task = json.load(sys.stdin)
     plan = Plan.from_dict(task["plan"])
-    compressor = methods.create(task["method"], retention=plan.retention)
-    Bench(plan).once(task["path"], compressor, plan.new_tokens)
+    Bench(plan).once(task["path"], plan.lines()[task["method"]], plan.new_tokens)
     json.dump(peak_rss(), sys.stdout)
 
 
