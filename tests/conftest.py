@@ -71,13 +71,13 @@ def declared(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Declaring(engine.Engine):
         def __init__(
-            self, model: Any, method: Any, trace: bool, layout: Any = None, frame_source: Any = None
+            self, model: Any, method: Any, trace: bool, layout: Any, frame_source: Any, on_step: Any
         ) -> None:
             import tiny
 
             family = tiny.FAMILIES.get(getattr(getattr(model, "config", None), "model_type", None))
             if frame_source is None and layout is None and family is not None and family.images:
                 frame_source = "images"
-            super().__init__(model, method, trace, layout, frame_source)
+            super().__init__(model, method, trace, layout, frame_source, on_step)
 
     monkeypatch.setattr(compressor, "Engine", Declaring)

@@ -14,7 +14,7 @@ from support import untouched
 from transformers import Qwen3VLProcessor
 from transformers.video_utils import VideoMetadata
 
-from dycoke import DyCoke, UnsupportedError
+from dycoke import DyCoke, Step, UnsupportedError
 from dycoke.assistant import Assistant, metadata_of
 from dycoke.video import Video, VideoError, read
 
@@ -85,6 +85,33 @@ def test_questions_on_a_watched_video(
                 assert again.report.samples == answer.report.samples
     assert seen.timings.vision_s > 0
     assert (seen.report is None) == (compressor is None)
+
+
+@every
+def test_steps_of_questions_on_a_watched_video(family: str, load: Any, clip: Path) -> None:
+    """A question hears of itself, though nobody listened when the video was watched."""
+    assistant = load(family)
+    video, steps, heard = read(clip, 9), list[Step](), list[Step]()
+    expected = assistant.ask(
+        video, "what happens", DyCoke(), max_new_tokens=6, trace=True, on_step=steps.append
+    )
+    assert expected.trace is not None and len(steps) == len(expected.tokens)
+    seen = assistant.watch(video, DyCoke())
+    again = seen.ask("what happens", max_new_tokens=6, on_step=heard.append)
+    assert again.tokens == expected.tokens
+    assert [step.index for step in heard] == [step.index for step in steps]
+    sample = expected.trace.samples[0]
+    for one, other in zip(steps, heard, strict=True):
+        assert torch.equal(one.active, other.active)
+        assert torch.equal(other.videos[0][0].keep, sample.keep[0])
+        if one.index:
+            assert torch.equal(other.samples[0].active, sample.active[one.index - 1])
+    seen.ask("what", max_new_tokens=2)
+    assert len(heard) == len(steps)  # not of another question
+    every: list[Step] = []
+    seen = assistant.watch(video, DyCoke(), on_step=every.append)
+    seen.ask("what", max_new_tokens=2)
+    assert [step.index for step in every] == [0, 0, 1]
 
 
 @every

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dycoke import picture
-from dycoke.core.records import SampleTrace
+from dycoke.core.steps import SampleTrace
 
 
 def sample() -> SampleTrace:

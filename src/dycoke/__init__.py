@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dycoke.compressor import Compressor, Run, apply, remove
+    from dycoke.core.steps import Step
     from dycoke.errors import UnsupportedError
     from dycoke.methods.dycoke import DyCoke
     from dycoke.models import VideoSpan
@@ -26,6 +27,7 @@ __all__ = [
     "DyCoke",
     "Report",
     "Run",
+    "Step",
     "UnsupportedError",
     "VideoSpan",
     "__version__",
@@ -39,6 +41,7 @@ _HOMES = {
     "Compressor": "compressor",
     "DyCoke": "methods.dycoke",
     "Run": "compressor",
+    "Step": "core.steps",
     "apply": "compressor",
     "encode_in_chunks": "vision.chunks",
     "remove": "compressor",

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ from dycoke.compat import cache_name, cache_of, chat_prompt
 from dycoke.compressor import Compressor
 from dycoke.core.cache_rules import DycokeCache
 from dycoke.core.positions import PositionOffset, offset_after
-from dycoke.core.records import Trace
+from dycoke.core.records import held_bytes
+from dycoke.core.steps import OnStep, Trace
 from dycoke.errors import UnsupportedError
 from dycoke.models.locate import frame_source_of, processor_options
 from dycoke.precision import choose_format
@@ -34,6 +35,9 @@ GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None
 
 # What a watched clip's questions bring themselves.
 OWN = ("input_ids", "attention_mask", "position_ids", "past_key_values", "cache", ENCODED)
+Turns = Sequence[Mapping[str, Any]]
+"""A conversation: a role and a content each, see `dycoke.compat.chat_prompt`."""
+
 CLOCK = 1_000_000  # ticks a second: exact for whole seconds and for the clocks of most files
 
 
@@ -48,6 +52,7 @@ class Answer:
     report : what was compressed; None without a compressor.
     timings : where the time went.
     trace : what was kept and attended to, where it was asked for.
+    finish_reason : "stop" where the model ended it, "length" where the limit did.
     """
 
     text: str
@@ -55,6 +60,7 @@ class Answer:
     report: Report | None
     timings: Timings
     trace: Trace | None = None
+    finish_reason: str = "stop"
 
 
 def best_device() -> str:
@@ -137,19 +143,41 @@ class Assistant:
         UnsupportedError
             Where the processor does not take these frames.
         """
-        text = chat_prompt(self.processor, question)
+        return self.prepare_chat(question, [video])
+
+    def prepare_chat(
+        self, said: str | Turns, videos: Sequence[Video], images: Sequence[Any] = ()
+    ) -> dict[str, Any]:
+        """The model's inputs for a conversation, on the model's device.
+
+        Parameters
+        ----------
+        said : its turns; or a question, for one video.
+        videos, images : what its parts of these types are, in their order; images of Pillow.
+
+        Raises
+        ------
+        UnsupportedError
+            Where the processor does not take these frames or images.
+        """
+        pictures = {"images": [list(images)]} if images else {}
         try:
             inputs = self.processor(
-                text=[text],
+                text=[chat_prompt(self.processor, said)],
                 # Per prompt, as SmolVLM's of transformers 5.17 counts them.
-                videos=[[video.frames]],
-                video_metadata=[metadata_of(video)],
+                videos=[[video.frames for video in videos]] if videos else None,
+                video_metadata=[metadata_of(video) for video in videos] if videos else None,
                 do_sample_frames=False,  # they are sampled already
                 return_tensors="pt",
+                **pictures,
                 **processor_options(self.model.config),
             )
         except ValueError as error:
-            raise UnsupportedError(self._refused(video, error)) from error
+            if not videos:
+                raise UnsupportedError(
+                    f"the processor does not take this prompt: {error}"
+                ) from error
+            raise UnsupportedError(self._refused(videos[0], error)) from error
         on_device: dict[str, Any] = inputs.to(self.model.device, self.model.dtype)
         return on_device
 
@@ -163,6 +191,7 @@ class Assistant:
         on_text: Callable[[str], None] | None = None,
         trace: bool = False,
         encode_frames: int | str = AUTO,
+        on_step: OnStep | None = None,
         **generate: Any,
     ) -> Answer:
         """Answer a question about a video, greedily unless ``generate`` says otherwise.
@@ -178,6 +207,8 @@ class Assistant:
         trace : keep what the compressor kept and attended to.
         encode_frames : most frames that the vision encoder takes at once, at least 2; or "auto",
             as many as fit in half of the free memory.
+        on_step : called after each forward with a `Step`, see `Compressor.__call__`; never where
+            there is no compressor.
         generate : further arguments of the model's own ``generate``.
 
         Raises
@@ -196,7 +227,7 @@ class Assistant:
         before = decoded - began, time.perf_counter() - decoded
         generate |= {"max_new_tokens": max_new_tokens}
         with encode_in_chunks(self.model, encode_frames):
-            return self._answer(inputs, before, compressor, on_text, trace, generate)
+            return self._answer(inputs, before, compressor, on_text, trace, on_step, generate)
 
     def watch(
         self,
@@ -205,12 +236,14 @@ class Assistant:
         frames: int = 32,
         trace: bool = False,
         encode_frames: int | str = AUTO,
+        on_step: OnStep | None = None,
     ) -> Seen:
         """Encode and prefill a video once, and then ask it any number of questions.
 
         Parameters
         ----------
-        video, compressor, frames, trace, encode_frames : as in `ask`.
+        video, compressor, frames, trace, encode_frames, on_step : as in `ask`. ``on_step`` hears
+            of the video's own forward, and of every question's.
 
         Raises
         ------
@@ -221,7 +254,7 @@ class Assistant:
         if not isinstance(video, Video):
             video = read(video, frames)
         with encode_in_chunks(self.model, encode_frames):
-            return Seen(self, video, compressor, trace, began)
+            return Seen(self, video, compressor, trace, on_step, began)
 
     def _refused(self, video: Video, error: ValueError) -> str:
         """What to say where the processor did not take the frames."""
@@ -241,6 +274,7 @@ class Assistant:
         compressor: Compressor | None,
         on_text: Callable[[str], None] | None,
         trace: bool,
+        on_step: OnStep | None,
         generate: dict[str, Any],
     ) -> Answer:
         """``before``: seconds of decoding and of the processor."""
@@ -249,17 +283,20 @@ class Assistant:
             generate = GREEDY | generate
         streamer = _Streamer(self.processor.tokenizer, on_text) if on_text else None
         # Whatever the processor makes of the frames, they are those of one video.
-        with watch.compressing(compressor, trace, frame_source_of(self.model.config)) as run:
+        source = frame_source_of(self.model.config)
+        with watch.compressing(compressor, trace, source, on_step) as run:
             output = self.model.generate(**inputs, streamer=streamer, **generate)
         watch.timings.add_video(*before)
         new = output[0, inputs["input_ids"].shape[1] :]
-        tokenizer = self.processor.tokenizer
+        tokenizer, ends = self.processor.tokenizer, self.model.generation_config.eos_token_id
+        ended = new.numel() > 0 and int(new[-1]) in (ends if isinstance(ends, list) else [ends])
         return Answer(
             text=tokenizer.decode(new, skip_special_tokens=True).strip(),
             tokens=tuple(tokenizer.convert_ids_to_tokens(new.tolist())),
             report=None if run is None else run.report,
             timings=watch.timings,
             trace=None if run is None else run.trace,
+            finish_reason="stop" if ended else "length",
         )
 
 
@@ -281,12 +318,13 @@ class Seen:
         video: Video,
         compressor: Compressor | None,
         trace: bool,
+        on_step: OnStep | None,
         began: float,
     ) -> None:
         decoded = time.perf_counter()
         self._assistant, self._video = assistant, video
-        self._content = _content(video)
-        self._compressor, self._trace = compressor, trace
+        self._content = content_of(video)
+        self._compressor, self._trace, self._on_step = compressor, trace, on_step
         inputs = assistant.prepare(video, "?")
         ids = inputs["input_ids"]
         # After the video a prompt is text, which the tokenizer alone can do, unless it does
@@ -313,7 +351,8 @@ class Seen:
             lambda module, args, kwargs: given.update(kwargs), with_kwargs=True
         )
         try:
-            with stopwatch.compressing(compressor, trace, frame_source) as run, torch.no_grad():
+            watching = stopwatch.compressing(compressor, trace, frame_source, on_step)
+            with watching as run, torch.no_grad():
                 self._cache = cache_of(model(**prefix, use_cache=True, logits_to_keep=1))
         finally:
             hook.remove()
@@ -339,18 +378,63 @@ class Seen:
             return
         if not isinstance(video, Video):
             video = read(video, len(self._video.frames))
-        if _content(video) != self._content:
+        if content_of(video) != self._content:
             raise ValueError(
                 f"{video.path!r} is not the clip that was watched, {self._video.path!r}, or was "
                 "read in other frames; call watch() for it"
             )
 
-    def _tail(self, question: str) -> list[int] | None:
-        """The tokens of a prompt after its video, where the text tells where that is."""
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt up to the video's end, before compression."""
+        return int(self._ids.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache that is kept, and of the frames."""
+        return held_bytes(self._cache) + self._video.frames.nbytes
+
+    def inputs(self, said: str | Turns) -> dict[str, Any]:
+        """What the model's generate takes for a question, or a conversation about the video.
+
+        Raises
+        ------
+        ValueError
+            Where the conversation does not begin with the video, as a question about it does.
+        """
+        tail = self._tail(said) if self._alone else None
+        if tail is not None:
+            ids = torch.cat([self._ids, self._ids.new_tensor([tail])], dim=1)
+        else:
+            ids = self._assistant.prepare_chat(said, [self._video])["input_ids"]
+            if ids[:, : self._ids.shape[1]].tolist() != self._ids.tolist():
+                raise ValueError(
+                    "this conversation does not begin with the clip that was watched; use "
+                    "prepare_chat() for it"
+                )
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            cache_name(self._assistant.model.get_decoder()): copy.deepcopy(self._cache),
+        }
+        if self._offset is not None:
+            new = ids.shape[1] - self._ids.shape[1]
+            inputs["position_ids"] = self._offset.positions(None, ids.shape[1], new, 1)
+        return inputs
+
+    def _tail(self, said: str | Turns) -> list[int] | None:
+        """The tokens of a prompt after its video, where the text tells where that is.
+
+        None, too, where something else comes before the video than in a bare question.
+        """
         processor = self._assistant.processor
-        mark, text = getattr(processor, "video_token", None), chat_prompt(processor, question)
+        mark, text = getattr(processor, "video_token", None), chat_prompt(processor, said)
         if not mark or mark not in text:
             return None
+        if not isinstance(said, str):
+            plain = chat_prompt(processor, "?")
+            if text.split(mark, 1)[0] != plain.split(mark, 1)[0] or text.count(mark) > 1:
+                return None
         after = text[text.rindex(mark) + len(mark) :]
         tokens: list[int] = processor.tokenizer(after, add_special_tokens=False)["input_ids"]
         return tokens
@@ -361,6 +445,7 @@ class Seen:
         max_new_tokens: int = 128,
         on_text: Callable[[str], None] | None = None,
         video: str | os.PathLike[str] | Video | None = None,
+        on_step: OnStep | None = None,
         **generate: Any,
     ) -> Answer:
         """Answer a question.
@@ -369,6 +454,7 @@ class Seen:
         ----------
         video : the clip that the question is about, where the caller wants that checked. Clips of
             one length and size have equal prompts, so nothing but the frames tells them apart.
+        on_step : as in `Assistant.ask`; None for that of `Assistant.watch`.
         question, max_new_tokens, on_text, generate : as in `Assistant.ask`.
 
         Raises
@@ -379,27 +465,21 @@ class Seen:
         """
         began = time.perf_counter()
         self._check(video, generate)
-        tail = self._tail(question) if self._alone else None
-        if tail is not None:
-            ids = torch.cat([self._ids, self._ids.new_tensor([tail])], dim=1)
-        else:
-            ids = self._assistant.prepare(self._video, question)["input_ids"]
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            cache_name(self._assistant.model.get_decoder()): copy.deepcopy(self._cache),
-        }
-        if self._offset is not None:
-            new = ids.shape[1] - self._ids.shape[1]
-            inputs["position_ids"] = self._offset.positions(None, ids.shape[1], new, 1)
+        inputs = self.inputs(question)
         before = 0.0, time.perf_counter() - began
         generate |= {"max_new_tokens": max_new_tokens}
         return self._assistant._answer(
-            inputs, before, self._compressor, on_text, self._trace, generate
+            inputs,
+            before,
+            self._compressor,
+            on_text,
+            self._trace,
+            on_step or self._on_step,
+            generate,
         )
 
 
-def _content(video: Video) -> bytes:
+def content_of(video: Video) -> bytes:
     """What tells a clip from others of its length and size: a digest of its frames and times."""
     said = repr((video.frames.shape, video.timestamps)).encode()
     return hashlib.blake2b(said + video.frames.tobytes()).digest()

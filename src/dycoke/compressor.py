@@ -13,8 +13,8 @@ from typing import Any, Self
 
 from dycoke.core.engine import Engine, engine_of
 from dycoke.core.method import Method
-from dycoke.core.records import Trace
-from dycoke.errors import check_between, check_count
+from dycoke.core.steps import OnStep, Trace
+from dycoke.errors import check_between, check_count, check_listener
 from dycoke.models import Layout
 from dycoke.models.locate import FrameSource
 from dycoke.report import Report
@@ -52,6 +52,33 @@ class Run:
         """What the last generation kept and attended to; None unless ``trace=True``."""
         record = self._engine.records.last
         return None if record is None else record.trace
+
+    @property
+    def on_step(self) -> OnStep | None:
+        """What is called after each forward with a `Step`; None where nobody listens.
+
+        Assign a function to listen from now on. Attention of methods that select nothing while
+        decoding is looked at only where ``on_step`` was given to the method itself.
+
+        Raises
+        ------
+        TypeError
+            For what cannot be called.
+        ValueError
+            Where the settings remove nothing, and the run began with nobody listening.
+        """
+        return self._engine.on_step
+
+    @on_step.setter
+    def on_step(self, on_step: OnStep | None) -> None:
+        check_listener(on_step)
+        engine = self._engine
+        if on_step is not None and engine.method.idle and not engine.watched:
+            raise ValueError(
+                "these settings remove nothing, so this run leaves the model alone and has no "
+                "steps; give on_step= to the method itself to watch it all the same"
+            )
+        engine.on_step, engine.watched = on_step, engine.watched or on_step is not None
 
 
 @dataclass(frozen=True)
@@ -101,6 +128,7 @@ class Compressor(Method):
         trace: bool = False,
         layout: Layout | None = None,
         frame_source: FrameSource | None = None,
+        on_step: OnStep | None = None,
     ) -> AbstractContextManager[Run]:
         """Compress what ``model`` generates inside a ``with`` block.
 
@@ -113,6 +141,9 @@ class Compressor(Method):
             videos; images are never merged. "images": all images of a prompt are frames of one
             video, too. A list such as [8, 8]: a prompt's images are videos of so many images each,
             in order.
+        on_step : called after each forward of what is compressed, with a `Step`: the masks of the
+            prompt first, then what each token attended to. It runs in the thread of ``generate``,
+            which waits for it; what it raises ends that ``generate``, and nothing else.
 
         Raises
         ------
@@ -120,8 +151,10 @@ class Compressor(Method):
             Where this cannot work on this model, with the way out.
         ValueError
             For a ``frame_source`` that is none of these, or together with ``layout``.
+        TypeError
+            For an ``on_step`` that cannot be called.
         """
-        return _applied(model, self, trace, layout, frame_source)
+        return _applied(model, self, trace, layout, frame_source, on_step)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings, ready for JSON; `dycoke.methods.to_dict` adds the method's name."""
@@ -175,8 +208,9 @@ def _applied(
     trace: bool,
     layout: Layout | None,
     frame_source: FrameSource | None,
+    on_step: OnStep | None,
 ) -> Iterator[Run]:
-    run = apply(model, compressor, trace, layout, frame_source)
+    run = apply(model, compressor, trace, layout, frame_source, on_step)
     try:
         yield run
     finally:
@@ -189,6 +223,7 @@ def apply(
     trace: bool = False,
     layout: Layout | None = None,
     frame_source: FrameSource | None = None,
+    on_step: OnStep | None = None,
 ) -> Run:
     """Compress what ``model`` generates from now on, until `remove`. See `Compressor.__call__`.
 
@@ -197,7 +232,8 @@ def apply(
     UnsupportedError
         Where this cannot work on this model, or it is compressed already.
     """
-    engine = Engine(model, compressor, trace, layout, frame_source)
+    check_listener(on_step)
+    engine = Engine(model, compressor, trace, layout, frame_source, on_step)
     engine.install()
     return Run(engine)
 

@@ -53,6 +53,12 @@ def check_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def check_listener(value: object) -> None:
+    """Say so where ``value``, an ``on_step``, cannot be called and is not None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"on_step must be a function of one Step, or None, got {value!r}")
+
+
 def check_count(name: str, value: object, least: int = 1) -> int:
     """Return ``value`` as an int of at least ``least``, or say what is wrong with it."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):

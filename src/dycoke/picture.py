@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from dycoke.core.records import SampleTrace
+from dycoke.core.steps import SampleTrace
 
 CELL = 96  # side of a frame in the picture, in pixels
 MARGIN = 8

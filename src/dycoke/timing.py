@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dycoke.compressor import Compressor, Run
+from dycoke.core.steps import OnStep
 from dycoke.models.locate import FrameSource
 from dycoke.vision.wrap import replaced_encoder
 
@@ -81,10 +82,12 @@ class Stopwatch:
         compressor: Compressor | None,
         trace: bool = False,
         frame_source: FrameSource | None = None,
+        on_step: OnStep | None = None,
     ) -> Iterator[Run | None]:
         """Time the one generation inside; yields the compressor's run, if there is one.
 
-        ``frame_source`` says where the frames of a video are, see `Compressor.__call__`.
+        ``trace``, ``frame_source`` and ``on_step`` are those of `Compressor.__call__`; what
+        ``on_step`` takes is part of a token's time.
         """
         with ExitStack() as stack:
             # Hooks run in the order of their registration: ours around the compressor's.
@@ -93,7 +96,7 @@ class Stopwatch:
             self._hook(stack, self.decoder, self._begin)
             run = None
             if compressor is not None:
-                block = compressor(self.model, trace, frame_source=frame_source)
+                block = compressor(self.model, trace, None, frame_source, on_step)
                 run = stack.enter_context(block)
                 if run.vision is not None:
                     run.vision.timed = self._scoring

@@ -263,7 +263,7 @@ def test_looking_reads_the_trace() -> None:
     """A model that looks at the first frame of each event, and one that never does."""
     from types import SimpleNamespace
 
-    from dycoke.core.records import SampleTrace
+    from dycoke.core.steps import SampleTrace
 
     def assistant_that(looks_at: Any) -> Any:
         def ask(video: Any, *_: Any, **__: Any) -> Any:

@@ -29,11 +29,12 @@ from dycoke.core.echo_hooks import EchoHooks
 from dycoke.core.forward import Forward
 from dycoke.core.generate import GenerateHooks, state_positions
 from dycoke.core.late import late_scores
-from dycoke.core.layers import plan_layers
+from dycoke.core.layers import deepstack_levels, plan_layers
 from dycoke.core.method import Method
 from dycoke.core.positions import compacted, offset_after
 from dycoke.core.prefill import shorten, start
 from dycoke.core.records import IDLE, Records
+from dycoke.core.steps import OnStep
 from dycoke.errors import UnsupportedError
 from dycoke.models import Layout, Masks
 from dycoke.models.locate import Finder, FrameSource
@@ -71,8 +72,10 @@ class Engine:
         trace: bool = False,
         layout: Layout | None = None,
         frame_source: FrameSource | None = None,
+        on_step: OnStep | None = None,
     ) -> None:
-        self.given, self.method, self.trace = given, method, trace
+        self.given, self.method, self.on_step = given, method, on_step
+        self.watched = trace or on_step is not None
         self.model: Any = guards.transformers_model(given)
         self.base: Any = self.model.base_model
         self.decoder: Any = self.model.get_decoder()
@@ -82,15 +85,13 @@ class Engine:
         guards.check_settings(self.model, method, None if family is None else family.rope)
         compat.check_names(self.model, self.base, self.decoder)
         self._cache_in, self._cache_inside = map(compat.cache_name, (self.base, self.decoder))
-        vision = getattr(self.base.config, "vision_config", None)
-        levels = len(getattr(vision, "deepstack_visual_indexes", None) or ())
-        self.layers = plan_layers(self.decoder.config, method, levels, trace)
+        levels = deepstack_levels(self.base.config)
+        self.layers = plan_layers(self.decoder.config, method, levels, self.watched)
         self.implementation = self.decoder.config._attn_implementation
-        self.vision, self.skips = encoder_notes(self.model, self.finder, method, trace)
+        self.vision, self.skips = encoder_notes(self.model, self.finder, method, self.watched)
         self.records = Records(method, self.layers, trace)
         self.running: Forward | None = None  # the decoder's forward; one at a time
-        self._local = _Local()
-        self._turn = threading.Lock()
+        self._local, self._turn = _Local(), threading.Lock()
         self._owner: int | None = None
         self._patches = Patches()
         self._generate: GenerateHooks | None = None
@@ -217,7 +218,7 @@ class Engine:
         self.records.forwards += 1
         if isinstance(cache, DycokeCache):
             self._go_on(forward, cache, inputs)
-        elif forward.videos and (self.trace or not self.method.idle):
+        elif forward.videos and (self.watched or not self.method.idle):
             self._prefill(forward, cache, inputs)
         else:
             self._watch(forward, cache, len(inputs["inputs_embeds"]))
@@ -252,11 +253,11 @@ class Engine:
         record = None if cache else self.records.known(None, forward.length, False)
         forward.decode_step = record is not None
         if record is None:
-            encoded = [context.encoded for context in contexts]
             record = self.records.start(
-                cache or None, forward.videos, kept, len(embeds), reason, encoded
+                cache or None, forward.videos, kept, len(embeds), reason, contexts
             )
         record.attended, forward.record = rows.visual.active.sum(1), record
+        forward.visual = rows.visual
         if cache is not False:
             prompt = prompt_of(forward.inputs["input_ids"], mask)
             generation = start(rows, method, plan.kind, prompt, offset, record)
@@ -277,12 +278,12 @@ class Engine:
         if generation.inferred and not torch.is_inference_mode_enabled():
             cache.map_batch(torch.clone)
             generation.inferred = False
-        forward.cache, forward.attention_mask = cache, mask
+        forward.cache, forward.attention_mask, forward.visual = cache, mask, generation.visual
         forward.decodes = forward.length == 1
         forward.decode_step = forward.length == 1 or self._speculative
         cache.begin(forward.length, forward.decode_step)
         if not forward.decode_step:
-            generation.record = generation.record.next_turn()
+            generation.record = generation.record.next_turn(self.records.trace)
         forward.record = generation.record
         if forward.record is not self.records.current:
             self.records.go_on(forward.record, cache)
@@ -316,13 +317,15 @@ class Engine:
             else:
                 self._check_taken(forward, cache)
                 if forward.prefill and self.layers.late and forward.scores is not None:
-                    self._select(cache, forward.scores, decode=False)
+                    self._select(cache, forward.scores)
                 cache.generation.length += forward.length
                 record.length, record.newest = cache.generation.length, forward.length
                 if cache.generation.grown or cache.generation.stock_layers:
                     record.measure(cache)
                     cache.generation.grown = False
         self._release()
+        if self.watched and forward is not None and output is not None:
+            forward.tell(self.on_step)
 
     def _check_taken(self, forward: Forward, cache: DycokeCache) -> None:
         """Raise where the decoder went another way than through the cache and the overrides."""
@@ -359,10 +362,10 @@ class Engine:
             if forward.prefill:
                 forward.scores = scores  # rows move once all layers have theirs
             else:
-                self._select(forward.cache, scores, forward.decodes)
+                self._select(forward.cache, scores)
         return output
 
-    def _select(self, cache: DycokeCache, scores: Tensor, decode: bool = True) -> None:
+    def _select(self, cache: DycokeCache, scores: Tensor) -> None:
         """Let the method choose the active set by scores (B, V), and exchange rows."""
         generation = cache.generation
         visual, record = generation.visual, generation.record
@@ -374,8 +377,6 @@ class Engine:
                 record.refreshes = record.refreshes + refreshed
                 record.recalled = record.recalled + recalled
         cache.note(scores)
-        if record.trace is not None and decode:
-            record.trace.add(generation.visual, scores)
 
     def _drop(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]

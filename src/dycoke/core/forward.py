@@ -10,7 +10,9 @@ from torch import Tensor
 
 from dycoke.core.cache_rules import DycokeCache
 from dycoke.core.echo import Echoes
+from dycoke.core.method import VisualTokens
 from dycoke.core.records import Record
+from dycoke.core.steps import OnStep, Step
 from dycoke.models import VideoSpan
 
 
@@ -34,6 +36,7 @@ class Forward:
         inside, and the rows that stayed, (B, rows left), once they are known.
     echoes : the merged tokens, where the lower layers still see them.
     echo_layers, exact_layers : layers that saw them so far, and those of them that were exact.
+    visual : the visual tokens as the forward began; None where it is left alone.
     reached : calls of overridden attention modules, to know that none went another way.
     """
 
@@ -56,4 +59,32 @@ class Forward:
     echoes: Echoes | None = None
     echo_layers: int = 0
     exact_layers: int = 0
+    visual: VisualTokens | None = None
     reached: int = 0
+
+    def tell(self, on_step: OnStep | None) -> None:
+        """Tell the trace and ``on_step`` what this forward did, once it is done and counted."""
+        record, before, kind = self.record, self.visual, "none"
+        if record is None or before is None:
+            return
+        visual = before
+        if self.cache is not None:
+            visual, kind = self.cache.generation.visual, self.cache.generation.kind
+        # Until a decode step, what is called active only stands in for the selection.
+        stands_in = kind == "select" and not self.decodes
+        active = visual.valid if stands_in else visual.active
+        first = stands_in or before.previous is None  # nothing was in a bank yet
+        step = Step(
+            generation=record.number,
+            index=record.decode_steps,
+            ids=self.inputs.get("input_ids"),
+            videos=record.masks,
+            valid=visual.valid,
+            active=active,
+            recalled=active & ~(active if first else before.active),
+            attention=visual.previous,
+        )
+        if record.trace is not None:
+            record.trace.on_step(step)
+        if on_step is not None:
+            on_step(step)

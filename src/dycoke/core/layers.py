@@ -63,6 +63,12 @@ def layer_types(config: Any) -> list[str]:
     return [kind] * int(config.num_hidden_layers)
 
 
+def deepstack_levels(config: Any) -> int:
+    """First layers behind which features are added to visual tokens; ``config`` is the model's."""
+    vision = getattr(config, "vision_config", None)
+    return len(getattr(vision, "deepstack_visual_indexes", None) or ())
+
+
 def plan_layers(config: Any, method: Method, levels: int, trace: bool) -> LayerPlan:
     """Choose the layers for these settings, or say why they do not fit this decoder.
 

@@ -1,4 +1,4 @@
-"""The running counts of generations, read from what was really held, and the trace."""
+"""The running counts of generations, read from what was really held."""
 
 from __future__ import annotations
 
@@ -17,50 +17,12 @@ from transformers.cache_utils import DynamicLayer
 
 from dycoke.compat import cache_of
 from dycoke.core.layers import LayerPlan
-from dycoke.core.method import Method, VisualTokens
+from dycoke.core.method import Method, VideoContext
+from dycoke.core.steps import Trace, VideoMasks
 from dycoke.models import VideoSpan
 from dycoke.report import Report, SampleReport, VideoReport, share
 
 IDLE = "the settings remove nothing: ratios of 0, or a token_budget of 1.0"
-
-
-@dataclass(eq=False)
-class SampleTrace:
-    """What one sample kept and attended to, on the CPU.
-
-    Attributes
-    ----------
-    keep : list of Tensor, bool, (F, N): per video, the tokens that merging left.
-    active : list of Tensor, bool, (Nv,): per decode step, which of the sample's kept visual
-        tokens (raster order, all videos) the pruned layers attended to.
-    attention : list of Tensor, (Nv,): per decode step, the newest token's attention to them in
-        the scoring layer, a mean over heads.
-    encoded : list of Tensor, bool, (F, N): per video, the tokens that the vision encoder computed;
-        empty where it computed all.
-    """
-
-    keep: list[Tensor]
-    active: list[Tensor] = field(default_factory=list)
-    attention: list[Tensor] = field(default_factory=list)
-    encoded: list[Tensor] = field(default_factory=list)
-
-    def copy(self) -> SampleTrace:
-        return SampleTrace(
-            list(self.keep), list(self.active), list(self.attention), list(self.encoded)
-        )
-
-
-@dataclass(eq=False)
-class Trace:
-    """Everything that ``trace=True`` keeps of a generation: one entry per row of the batch."""
-
-    samples: list[SampleTrace]
-
-    def add(self, visual: VisualTokens, scores: Tensor) -> None:
-        rows = zip(self.samples, visual.valid, visual.active, scores, strict=True)
-        for sample, valid, active, score in rows:
-            sample.active.append(active[valid].cpu())
-            sample.attention.append(score[valid].detach().cpu())
 
 
 @dataclass(eq=False)
@@ -72,6 +34,8 @@ class Record:
     method, settings : the compressor's class name and settings.
     videos : the videos of each row of the batch.
     reason : why nothing was compressed, where nothing was.
+    masks : of each row's videos, what merging left; empty where nothing was touched.
+    trace : what `Step`s said, where that is kept.
     plan : what its layers do; None where nothing was touched.
     echo_layers, exact_layers : layers that saw echoes while the prompt was read, counted as they
         did, and those of them that were exact.
@@ -92,6 +56,7 @@ class Record:
     settings: dict[str, Any]
     videos: list[list[VideoReport]]
     reason: str | None = None
+    masks: list[list[VideoMasks]] = field(default_factory=list)
     trace: Trace | None = None
     plan: LayerPlan | None = None
     echo_layers: int = 0
@@ -125,21 +90,20 @@ class Record:
             else:
                 self.states += sum(t.numel() * t.element_size() for t in held)
 
-    def next_turn(self) -> Record:
-        """The record of a follow-up turn on the same cache."""
-        trace = self.trace and Trace(
-            [SampleTrace(s.keep, encoded=s.encoded) for s in self.trace.samples]
-        )
-        return replace(self, trace=trace, refreshes=0, recalled=0, decode_steps=0, secondary=False)
+    def next_turn(self, trace: bool) -> Record:
+        """The record of a follow-up turn on the same cache; ``trace`` where one is wanted."""
+        kept = Trace() if trace else None
+        return replace(self, trace=kept, refreshes=0, recalled=0, decode_steps=0, secondary=False)
 
     def map_batch(self, pick: Callable[[Tensor], Tensor]) -> None:
         """Follow beams and copies of the cache's rows."""
         order = pick(torch.arange(len(self.videos))).tolist()
         self.videos = [self.videos[i] for i in order]
+        self.masks = [self.masks[i] for i in order]
         for name in ("attended", "refreshes", "recalled"):
             if isinstance(counts := getattr(self, name), Tensor):
                 setattr(self, name, pick(counts))
-        if self.trace is not None:
+        if self.trace is not None and self.trace.samples:
             self.trace.samples = [self.trace.samples[i].copy() for i in order]
 
     def report(self) -> Report:
@@ -263,27 +227,25 @@ class Records:
         kept: Sequence[Tensor] | None,
         batch: int,
         reason: str | None,
-        encoded: Sequence[Tensor | None] = (),
+        contexts: Sequence[VideoContext] = (),
     ) -> Record:
         """A new generation on ``cache``; ``kept`` is None where it stays untouched.
 
-        ``encoded`` has the mask of what the encoder computed of each video; None where that is all.
+        ``contexts`` know what the vision encoder computed of each video.
         """
         counts = [span.positions.numel() for span in videos]
         if kept is not None:
             counts = torch.stack([mask.sum() for mask in kept]).tolist()
+        encoded = [context.encoded for context in contexts] or [None] * len(videos)
         made = [mask for mask in encoded if mask is not None]
         computed = torch.stack([mask.sum() for mask in made]).tolist() if made else ()
         by_sample = videos_by_sample(videos, counts, batch, computed)
         record = Record(type(self.method).__name__, self.method.to_dict(), by_sample, reason)
         if kept is not None:
-            record.plan = self.plan
-        if self.trace and kept is not None:
-            record.trace = Trace([SampleTrace(keep=[]) for _ in range(batch)])
-            for span, mask in zip(videos, kept, strict=True):
-                record.trace.samples[span.sample].keep.append(mask.cpu())
-            for span, mask in zip(videos, made, strict=False):
-                record.trace.samples[span.sample].encoded.append(mask.cpu())
+            record.plan, record.masks = self.plan, [[] for _ in range(batch)]
+            record.trace = Trace() if self.trace else None
+            for span, keep, mask in zip(videos, kept, encoded, strict=True):
+                record.masks[span.sample].append(VideoMasks(keep, mask, span.grid))
         return self.add(record, cache)
 
     def add(self, record: Record, cache: Any) -> Record:
