@@ -67,7 +67,7 @@ def serve(
         bool, typer.Option("--viewer", help="Serve the page of dycoke view, too.")
     ] = False,
     device: options.Device = None,
-    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16 [default: by device]")] = None,
+    dtype: options.Dtype = None,
 ) -> None:
     """Serve a model with OpenAI's chat API; compression is chosen per request."""
     needs_extra()

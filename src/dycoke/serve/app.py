@@ -231,6 +231,7 @@ class Server:
                 images.append(media.as_image(found))
             else:
                 videos.append(self._read(found, asked))
+        decoded = time.perf_counter()
         with self._tokenizing:
             inputs = self.assistant.prepare_chat(asked.turns, videos, images)
         default, most = self.settings.max_tokens
@@ -249,7 +250,7 @@ class Server:
             row=Row(limit, asked.stop, cancelled=cancelled),
             emit=emit,
             watch=self._watch(videos, emit) if asked.steps else None,
-            video_s=time.perf_counter() - began,
+            before=(decoded - began, time.perf_counter() - decoded),
         )
 
     def _watch(self, videos: Sequence[Video], emit: Emit) -> Callable[[int], Watcher]:

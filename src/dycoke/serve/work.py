@@ -48,7 +48,7 @@ class Job:
     emit : called in the generating thread with ("text", piece), ("done", answer, cached tokens) or
         ("error", ApiError).
     watch : makes the listener of a row, by its place in the batch; None where nobody looks.
-    video_s : seconds that fetching, decoding and processing took.
+    before : seconds of fetching and decoding, and of the processor.
     """
 
     turns: Turns
@@ -61,7 +61,7 @@ class Job:
     row: Row
     emit: Callable[[tuple[Any, ...]], None]
     watch: Callable[[int], Watcher] | None = None
-    video_s: float = 0.0
+    before: tuple[float, float] = (0.0, 0.0)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -236,7 +236,7 @@ class Worker:
                 first.compressor,
                 on_step=listen if listening and first.compressor is not None else None,
                 frame_source=self._frame_source(first),
-                video_s=max(job.video_s for job in jobs),
+                before=max(job.before for job in jobs),
                 **first.generate,
             )
         if watching is not None:
@@ -291,7 +291,7 @@ def _begins_with_video(job: Job) -> bool:
 def _sum(watching: Timings, asking: Timings) -> Timings:
     """What a question took about a video that was watched for it."""
     one, two = watching.to_dict(), asking.to_dict()
-    own = {"per_token_s": asking.per_token_s, "video_s": asking.video_s}
+    own = {name: two[name] for name in ("decode_s", "process_s", "video_s", "per_token_s")}
     both = {name: one[name] + two[name] for name in one.keys() - own}
     return Timings(**both, **own)
 
