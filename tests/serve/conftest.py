@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from serving import FRAMES, listening
+from viewing import served
 
 pytest.importorskip("uvicorn", reason="dycoke[serve] is not installed")
 
@@ -59,3 +60,6 @@ def server(nano: Assistant, folder: Path) -> Server:
 def address(server: Server) -> Iterator[str]:
     with listening(server) as url:
         yield url
+
+
+__all__ = ["address", "clip", "folder", "nano", "served", "server"]

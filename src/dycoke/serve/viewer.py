@@ -57,6 +57,7 @@ HEADERS = {
 SHOWN = (3, 23, 14, 6, 18, 1)  # seeds of the stories that the page offers
 LONGEST_QUESTION, MOST_FRAMES, MOST_WORDS = 4000, 128, 512
 MAX_BYTES = 64 << 20
+LOOK_EVERY = 0.5  # seconds after which a silent connection is looked at
 
 
 class Refused(Exception):
@@ -185,7 +186,7 @@ class Viewer:
         decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
         steps = Steps(video, decode, emit)
         try:
-            if inbox.left.is_set():
+            if inbox.left.is_set():  # while it waited
                 return
             answer = self.assistant.ask(
                 video, asked.question, asked.method, max_new_tokens=asked.words, on_step=steps
@@ -260,8 +261,15 @@ class _Inbox:
             self._loop.call_soon_threadsafe(self._items.put_nowait, event)
 
     async def lines(self, request: Request) -> AsyncIterator[str]:
+        """The events as they come, until there are no more or nobody reads them."""
         try:
-            while (event := await self._items.get()) is not None:
+            while not await request.is_disconnected():
+                try:
+                    event = await asyncio.wait_for(self._items.get(), LOOK_EVERY)
+                except TimeoutError:
+                    continue
+                if event is None:
+                    return
                 yield json.dumps(event, separators=(",", ":")) + "\n"
         finally:
             self.left.set()

@@ -6,6 +6,10 @@ const SIDE = 192; // longer side of a frame's canvas, in its own pixels
 const REPLAY = 420; // milliseconds a word
 const state = { config: null, clip: null, panes: [], focus: null, aborting: null };
 
+// A browser says that the pointer moved where the page moved under it: an answer that grows would
+// choose words by itself.
+const pointer = { x: -1, y: -1, moved: false };
+
 /* Sets of tokens: eight a byte, the first in the lowest bit. */
 const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 const has = (bits, i) => (bits[i >> 3] >> (i & 7)) & 1;
@@ -35,9 +39,10 @@ class Pane {
     this.find(".play").onclick = () => this.play();
     root.addEventListener("pointerdown", () => (state.focus = this));
     root.addEventListener("focusin", () => (state.focus = this));
-    this.words.onpointerover = (e) => this.pointed(e.target);
+    this.words.onpointermove = (e) => pointer.moved && this.pointed(e.target);
     this.words.onclick = (e) => this.pointed(e.target);
     this.strip.onpointermove = this.strip.onpointerdown = (e) => {
+      if (e.type === "pointermove" && !pointer.moved) return;
       const box = this.strip.getBoundingClientRect();
       const columns = Math.max(this.steps.length, 1);
       this.choose(Math.min(columns - 1, Math.max(0, Math.floor(((e.clientX - box.left) / box.width) * columns))));
@@ -45,7 +50,10 @@ class Pane {
   }
 
   pointed(target) {
-    if (target.dataset.index !== undefined) this.choose(+target.dataset.index);
+    const index = target.dataset.index;
+    if (index === undefined || +index === this.at) return;
+    this.pause();
+    this.choose(+index);
   }
 
   async start(event) {
@@ -97,16 +105,20 @@ class Pane {
     this.steps.push(step);
     const index = this.steps.length - 1;
     if (event.text) {
-      const span = document.createElement("span");
-      const lead = event.text.match(/^\s*/)[0];
-      span.textContent = plain(event.text);
-      span.dataset.index = index;
-      if (lead && index) this.words.append(" ");
-      this.words.append(span);
+      if (/^\s/.test(event.text) && index) this.words.append(" ");
+      this.mark(index, plain(event.text));
     }
     this.slider.max = index;
     if (this.follow) this.choose(index, true);
     else this.drawStrip();
+  }
+
+  mark(index, text) {
+    const span = document.createElement("span");
+    span.textContent = text;
+    span.dataset.index = index;
+    this.words.append(span);
+    return span;
   }
 
   done(event) {
@@ -117,6 +129,7 @@ class Pane {
     this.set("first", seconds(timings.ttft_s));
     this.set("per", seconds(timings.per_token_s));
     if (!this.steps.length) this.words.textContent = "(no answer)";
+    else if (!this.steps.at(-1).text) this.mark(this.steps.length - 1, "").className = "end";
     this.find(".compare").hidden = full || state.panes.length > 1;
     this.finished = true;
     this.choose(Math.max(this.at, 0), true);
@@ -454,6 +467,10 @@ for (const kind of ["dragover", "dragleave", "drop"])
     if (file) choose({ file });
   });
 document.addEventListener("keydown", key);
+document.addEventListener("pointermove", (event) => {
+  pointer.moved = event.clientX !== pointer.x || event.clientY !== pointer.y;
+  Object.assign(pointer, { x: event.clientX, y: event.clientY });
+}, true);
 window.addEventListener("resize", () => state.panes.forEach((pane) => pane.drawStrip()));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => state.panes.forEach((pane) => pane.draw()));
 begin().catch((error) => say(error.message));
