@@ -160,13 +160,18 @@ def heading(bench: Bench, sample: Sample, command: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "dtype": name_of(model.dtype),
         "attention": text._attn_implementation,
-        "versions": {
-            "dycoke": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "command": command,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a measurement ran on."""
+    return {
+        "dycoke": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
     }
 
 

@@ -94,6 +94,28 @@ def speed_tables(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[T
     return [times, sizes]
 
 
+def load_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """A server's throughput, and its ratio to the full model's at the same concurrency."""
+    table = Table(title="dycoke serve, medians", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    for column in ("at once", "method", "requests/s", "tokens/s", "TTFT, s", "request, s"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    full = {row["concurrency"]: row for row in rows if row["method"] == "full"}
+    for row in rows:
+        whole = full.get(row["concurrency"])
+        ratio = ""
+        if whole is not None and whole is not row:
+            ratio = f" ({row['requests_per_s'] / whole['requests_per_s']:.2f}x)"
+        table.add_row(
+            str(row["concurrency"]),
+            row["method"],
+            f"{row['requests_per_s']:.2f}{ratio}",
+            f"{row['tokens_per_s']:.1f}",
+            f"{row['ttft_s']:.2f}",
+            f"{row['request_s']:.2f}",
+        )
+    return table
+
+
 def _short(seconds: float) -> str:
     """Three digits, and never an exponent."""
     return f"{seconds:.{3 if seconds < 1 else 2 if seconds < 10 else 1}f}"

@@ -57,6 +57,15 @@ def bench(
     picture: Annotated[Path, typer.Option(help="Where to save the bars.")] = Path(
         "dycoke-bench.png"
     ),
+    serve: Annotated[
+        bool,
+        typer.Option(
+            "--serve", help="Instead: requests per second of dycoke serve, on this model."
+        ),
+    ] = False,
+    concurrency: Annotated[
+        str, typer.Option(help="With --serve: requests under way at once, comma-separated.")
+    ] = "1,4,16",
     check_paper: Annotated[
         bool, typer.Option("--check-paper", help="Print the paper's FLOPs and ours, and stop.")
     ] = False,
@@ -72,6 +81,15 @@ def bench(
         list_flops()
         return
     options.exclusive(arch=arch, model=model)
+    if serve:
+        options.exclusive(serve=serve, arch=arch)
+        options.exclusive(serve=serve, retention=retention)
+        options.check_folder(json_file)
+        server = {"--model": model, "--device": device, "--dtype": dtype}
+        given = [part for pair in server.items() if pair[1] is not None for part in pair]
+        file = None if video is None else str(video)
+        _serve(methods, concurrency, repeat, file, frames, new_tokens, given, device, json_file)
+        return
     if arch is None and (layers, vision_layers) != (None, None):
         raise BadInput("--layers and --vision-layers cut random weights only; name an --arch")
     options.check_folder(json_file, picture)
@@ -101,6 +119,66 @@ def bench(
     except ValueError as error:
         raise BadInput(str(error)) from None
     _show(*_measure(plan, peak), json_file, picture)
+
+
+def _serve(
+    methods: str,
+    concurrency: str,
+    repeat: int,
+    video: str | None,
+    frames: int,
+    new_tokens: int,
+    server: list[Any],
+    device: str | None,
+    json_file: Path | None,
+) -> None:
+    """Measure a server, and show it."""
+    from dycoke.bench import show
+    from dycoke.bench.results import hardware, versions
+    from dycoke.cli.serve import needs_extra
+
+    needs_extra()
+    from dycoke.methods import METHODS
+    from dycoke.serve.load import Load, LoadError, measure
+
+    counts = options.comma_separated(concurrency)
+    if not counts or not all(count.isdecimal() and int(count) for count in counts):
+        raise BadInput(f"--concurrency must be counts such as 1,4,16, got {concurrency!r}")
+    names = tuple(options.comma_separated(methods))
+    if unknown := [name for name in names if name not in METHODS]:
+        raise BadInput(f"unknown method {unknown[0]!r}; there are {', '.join(METHODS)}")
+    if video is not None and not Path(video).is_file():
+        raise BadInput(f"{video}: no such file")
+    load = Load(
+        methods=names,
+        concurrency=tuple(map(int, counts)),
+        repeat=repeat,
+        video=video,
+        frames=frames,
+        new_tokens=new_tokens,
+        server=tuple(server),
+    )
+    try:
+        rows = measure(load, lambda what: err.print(what, markup=False))
+    except LoadError as error:
+        raise BadInput(str(error)) from None
+    out.print(show.load_table(rows))
+    import torch
+
+    from dycoke.assistant import best_device
+
+    content = {
+        "command": shlex.join(["dycoke", *sys.argv[1:]]),
+        "hardware": hardware(torch.device(device or best_device())),
+        "versions": versions(),
+        "frames": frames,
+        "new_tokens": new_tokens,
+        "repeat": repeat,
+        "results": rows,
+    }
+    if json_file is not None:
+        json_file.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps(content))
 
 
 def _measure(plan: Plan, peak: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
