@@ -1,42 +1,59 @@
-"""The page's own server, over the embedded model, on a free port of this machine."""
+"""A server that listens on loopback, and what its tests send."""
 
 from __future__ import annotations
 
-import socket
+import base64
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import pytest
+FRAMES = 24
 
 
 @dataclass
 class Served:
-    """Where the page is, and what answers behind it."""
+    """A server with the page of ``dycoke view``."""
 
-    port: int
-    viewer: Any
+    url: str
+    server: Any
 
     @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+    def assistant(self) -> Any:
+        return self.server.assistant
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
 
 
-@pytest.fixture(scope="session")
-def served() -> Iterator[Served]:
-    uvicorn: Any = pytest.importorskip("uvicorn", reason="needs dycoke[serve]")
-    from dycoke.assistant import Assistant
-    from dycoke.serve.viewer import Viewer
+@contextmanager
+def listening(server: Any) -> Iterator[str]:
+    """The address of a server while it listens; afterwards it is drained."""
+    import uvicorn
 
-    viewer = Viewer(Assistant.load(device="cpu"), "nano", max_bytes=1 << 20)
-    server = uvicorn.Server(
-        uvicorn.Config(viewer.app(), log_level="error", timeout_graceful_shutdown=1)
-    )
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield Served(listener.getsockname()[1], viewer)
-        server.should_exit = True
-        thread.join(timeout=20)
-        assert not thread.is_alive()
+    config = uvicorn.Config(server.app, host="127.0.0.1", port=0, log_level="error")
+    socket = config.bind_socket()
+    running = uvicorn.Server(config)
+    thread = threading.Thread(target=running.run, args=([socket],), daemon=True)
+    thread.start()
+    while not running.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{socket.getsockname()[1]}"
+    finally:
+        running.should_exit = True
+        thread.join()
+
+
+def data_url(file: Path) -> str:
+    return "data:video/mp4;base64," + base64.b64encode(file.read_bytes()).decode()
+
+
+def ask_about(url: str, question: str) -> list[dict[str, Any]]:
+    """Messages of one question about one video."""
+    video = {"type": "video_url", "video_url": {"url": url}}
+    return [{"role": "user", "content": [video, {"type": "text", "text": question}]}]

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from dycoke.compat import cache_name, cache_of, chat_prompt
 from dycoke.compressor import Compressor
 from dycoke.core.cache_rules import DycokeCache
 from dycoke.core.positions import PositionOffset, offset_after
+from dycoke.core.records import held_bytes
 from dycoke.core.steps import OnStep, Trace
 from dycoke.errors import UnsupportedError
 from dycoke.models.locate import frame_source_of, processor_options
@@ -33,6 +34,9 @@ GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None
 
 # What a watched clip's questions bring themselves.
 OWN = ("input_ids", "attention_mask", "position_ids", "past_key_values", "cache", ENCODED)
+Turns = Sequence[Mapping[str, Any]]
+"""A conversation: a role and a content each, see `dycoke.compat.chat_prompt`."""
+
 CLOCK = 1_000_000  # ticks a second: exact for whole seconds and for the clocks of most files
 
 
@@ -47,6 +51,7 @@ class Answer:
     report : what was compressed; None without a compressor.
     timings : where the time went.
     trace : what was kept and attended to, where it was asked for.
+    finish_reason : "stop" where the model ended it, "length" where the limit did.
     """
 
     text: str
@@ -54,6 +59,7 @@ class Answer:
     report: Report | None
     timings: Timings
     trace: Trace | None = None
+    finish_reason: str = "stop"
 
 
 def best_device() -> str:
@@ -146,19 +152,41 @@ class Assistant:
         UnsupportedError
             Where the processor does not take these frames.
         """
-        text = chat_prompt(self.processor, question)
+        return self.prepare_chat(question, [video])
+
+    def prepare_chat(
+        self, said: str | Turns, videos: Sequence[Video], images: Sequence[Any] = ()
+    ) -> dict[str, Any]:
+        """The model's inputs for a conversation, on the model's device.
+
+        Parameters
+        ----------
+        said : its turns; or a question, for one video.
+        videos, images : what its parts of these types are, in their order; images of Pillow.
+
+        Raises
+        ------
+        UnsupportedError
+            Where the processor does not take these frames or images.
+        """
+        pictures = {"images": [list(images)]} if images else {}
         try:
             inputs = self.processor(
-                text=[text],
+                text=[chat_prompt(self.processor, said)],
                 # Per prompt, as SmolVLM's of transformers 5.17 counts them.
-                videos=[[video.frames]],
-                video_metadata=[metadata_of(video)],
+                videos=[[video.frames for video in videos]] if videos else None,
+                video_metadata=[metadata_of(video) for video in videos] if videos else None,
                 do_sample_frames=False,  # they are sampled already
                 return_tensors="pt",
+                **pictures,
                 **processor_options(self.model.config),
             )
         except ValueError as error:
-            raise UnsupportedError(self._refused(video, error)) from error
+            if not videos:
+                raise UnsupportedError(
+                    f"the processor does not take this prompt: {error}"
+                ) from error
+            raise UnsupportedError(self._refused(videos[0], error)) from error
         on_device: dict[str, Any] = inputs.to(self.model.device, self.model.dtype)
         return on_device
 
@@ -271,13 +299,15 @@ class Assistant:
         watch.timings.video_s = video_s
         watch.timings.total_s += video_s
         new = output[0, inputs["input_ids"].shape[1] :]
-        tokenizer = self.processor.tokenizer
+        tokenizer, ends = self.processor.tokenizer, self.model.generation_config.eos_token_id
+        ended = new.numel() > 0 and int(new[-1]) in (ends if isinstance(ends, list) else [ends])
         return Answer(
             text=tokenizer.decode(new, skip_special_tokens=True).strip(),
             tokens=tuple(tokenizer.convert_ids_to_tokens(new.tolist())),
             report=None if run is None else run.report,
             timings=watch.timings,
             trace=None if run is None else run.trace,
+            finish_reason="stop" if ended else "length",
         )
 
 
@@ -304,7 +334,7 @@ class Seen:
         began: float,
     ) -> None:
         self._assistant, self._video = assistant, video
-        self._content = _content(video)
+        self._content = content_of(video)
         self._compressor, self._trace, self._on_step = compressor, trace, on_step
         inputs = assistant.prepare(video, "?")
         ids = inputs["input_ids"]
@@ -361,18 +391,63 @@ class Seen:
             return
         if not isinstance(video, Video):
             video = read(video, len(self._video.frames))
-        if _content(video) != self._content:
+        if content_of(video) != self._content:
             raise ValueError(
                 f"{video.path!r} is not the clip that was watched, {self._video.path!r}, or was "
                 "read in other frames; call watch() for it"
             )
 
-    def _tail(self, question: str) -> list[int] | None:
-        """The tokens of a prompt after its video, where the text tells where that is."""
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt up to the video's end, before compression."""
+        return int(self._ids.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache that is kept, and of the frames."""
+        return held_bytes(self._cache) + self._video.frames.nbytes
+
+    def inputs(self, said: str | Turns) -> dict[str, Any]:
+        """What the model's generate takes for a question, or a conversation about the video.
+
+        Raises
+        ------
+        ValueError
+            Where the conversation does not begin with the video, as a question about it does.
+        """
+        tail = self._tail(said) if self._alone else None
+        if tail is not None:
+            ids = torch.cat([self._ids, self._ids.new_tensor([tail])], dim=1)
+        else:
+            ids = self._assistant.prepare_chat(said, [self._video])["input_ids"]
+            if ids[:, : self._ids.shape[1]].tolist() != self._ids.tolist():
+                raise ValueError(
+                    "this conversation does not begin with the clip that was watched; use "
+                    "prepare_chat() for it"
+                )
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            cache_name(self._assistant.model.get_decoder()): copy.deepcopy(self._cache),
+        }
+        if self._offset is not None:
+            new = ids.shape[1] - self._ids.shape[1]
+            inputs["position_ids"] = self._offset.positions(None, ids.shape[1], new, 1)
+        return inputs
+
+    def _tail(self, said: str | Turns) -> list[int] | None:
+        """The tokens of a prompt after its video, where the text tells where that is.
+
+        None, too, where something else comes before the video than in a bare question.
+        """
         processor = self._assistant.processor
-        mark, text = getattr(processor, "video_token", None), chat_prompt(processor, question)
+        mark, text = getattr(processor, "video_token", None), chat_prompt(processor, said)
         if not mark or mark not in text:
             return None
+        if not isinstance(said, str):
+            plain = chat_prompt(processor, "?")
+            if text.split(mark, 1)[0] != plain.split(mark, 1)[0] or text.count(mark) > 1:
+                return None
         after = text[text.rindex(mark) + len(mark) :]
         tokens: list[int] = processor.tokenizer(after, add_special_tokens=False)["input_ids"]
         return tokens
@@ -403,19 +478,7 @@ class Seen:
         """
         began = time.perf_counter()
         self._check(video, generate)
-        tail = self._tail(question) if self._alone else None
-        if tail is not None:
-            ids = torch.cat([self._ids, self._ids.new_tensor([tail])], dim=1)
-        else:
-            ids = self._assistant.prepare(self._video, question)["input_ids"]
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            cache_name(self._assistant.model.get_decoder()): copy.deepcopy(self._cache),
-        }
-        if self._offset is not None:
-            new = ids.shape[1] - self._ids.shape[1]
-            inputs["position_ids"] = self._offset.positions(None, ids.shape[1], new, 1)
+        inputs = self.inputs(question)
         video_s = time.perf_counter() - began
         generate |= {"max_new_tokens": max_new_tokens}
         return self._assistant._answer(
@@ -430,7 +493,7 @@ class Seen:
         )
 
 
-def _content(video: Video) -> bytes:
+def content_of(video: Video) -> bytes:
     """What tells a clip from others of its length and size: a digest of its frames and times."""
     said = repr((video.frames.shape, video.timestamps)).encode()
     return hashlib.blake2b(said + video.frames.tobytes()).digest()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import transformers
@@ -79,12 +79,19 @@ def cache_of(values: Mapping[str, Any]) -> Any:
     return next((values[name] for name in CACHE_NAMES if values.get(name) is not None), None)
 
 
-def chat_prompt(processor: Any, question: str) -> str:
-    """The text of a prompt of one video and one question, as the processor's template has it."""
-    content = [{"type": "video"}, {"type": "text", "text": question}]
-    text: str = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
+def chat_prompt(processor: Any, said: str | Sequence[Mapping[str, Any]]) -> str:
+    """The text of a prompt, as the processor's template has it.
+
+    Parameters
+    ----------
+    said : a question about one video, which comes first; or the turns of a conversation, each with
+        a role and a content of parts such as {"type": "video"} and {"type": "text", "text": ...}.
+    """
+    turns = said
+    if isinstance(said, str):
+        content = [{"type": "video"}, {"type": "text", "text": said}]
+        turns = [{"role": "user", "content": content}]
+    text: str = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     return text
 
 

@@ -1,1 +1,4 @@
-"""A model behind HTTP, and the page that shows what it looks at."""
+"""An OpenAI-compatible server for one model, and the page that shows what it looks at.
+
+``dycoke serve`` and ``dycoke view``. Needs ``dycoke[serve]``.
+"""

@@ -1,0 +1,498 @@
+"""The HTTP application: routes, keys, limits, and the way of a request through the server."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hmac
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+
+from dycoke import __version__
+from dycoke.assistant import Answer, Assistant, Turns
+from dycoke.batching import Row
+from dycoke.compressor import Compressor
+from dycoke.methods import create
+from dycoke.methods.dycoke import DyCoke
+from dycoke.serve import media
+from dycoke.serve.media import Policy
+from dycoke.serve.metrics import Metrics
+from dycoke.serve.protocol import (
+    ApiError,
+    ChatRequest,
+    Head,
+    Usage,
+    as_api_error,
+    event,
+    parse_chat,
+    parse_json,
+)
+from dycoke.serve.steps import Event, Steps
+from dycoke.serve.work import Job, Watcher, Worker, full
+from dycoke.video import Video, VideoError, read
+
+Emit = Callable[[tuple[Any, ...]], None]
+# What watches the full model: settings that remove nothing.
+UNTOUCHED = DyCoke(merge_ratio=0, prune_ratio=0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server was started.
+
+    Attributes
+    ----------
+    name : what the model is called.
+    compressor : for requests that do not say; None for the full model.
+    keys : API keys; none for no check.
+    policy : what may be read.
+    frames : frames that are sampled where a request does not say.
+    max_frames : most frames of one video.
+    max_pixels : most pixels of all its sampled frames.
+    max_tokens : limit of an answer where a request does not say, and the most that it may ask for.
+    max_batch : most requests in one batch.
+    max_waiting : most requests that are prepared or wait.
+    cache_bytes : bytes of watched videos that are kept.
+    threads : that decode videos and make inputs.
+    """
+
+    name: str = "nano"
+    compressor: Compressor | None = None
+    keys: tuple[str, ...] = ()
+    policy: Policy = field(default_factory=Policy)
+    frames: int = 32
+    max_frames: int = 512
+    max_pixels: int = 1 << 28
+    max_tokens: tuple[int, int] = (256, 4096)
+    max_batch: int = 8
+    max_waiting: int = 64
+    cache_bytes: int = 1 << 30
+    threads: int = 2
+
+
+class Server:
+    """A model behind HTTP; ``app`` is the application."""
+
+    def __init__(self, assistant: Assistant, settings: Settings) -> None:
+        self.assistant, self.settings = assistant, settings
+        self.metrics = Metrics()
+        self.worker = Worker(
+            assistant, settings.max_batch, settings.max_waiting, settings.cache_bytes
+        )
+        self._threads = ThreadPoolExecutor(settings.threads, "dycoke-prepare")
+        # A fast tokenizer cannot be used by two threads at once.
+        self._tokenizing = threading.Lock()
+        self._preparing = 0
+        self._started = int(time.time())
+        self.app = FastAPI(
+            title="dycoke",
+            version=__version__,
+            docs_url=None,
+            redoc_url=None,
+            openapi_url=None,
+            lifespan=self._life,
+        )
+        self.app.add_middleware(_Around, server=self)
+        self.app.get("/health")(self._health)
+        self.app.get("/version")(self._version)
+        self.app.get("/metrics")(self._metrics)
+        self.app.get("/v1/models")(self._models)
+        self.app.post("/v1/chat/completions")(self._chat)
+        for status in (404, 405):
+            self.app.exception_handler(status)(_no_route)
+
+    def stop(self) -> None:
+        """Finish what waits, and end the threads."""
+        self._threads.shutdown()
+        self.worker.stop()
+
+    @asynccontextmanager
+    async def _life(self, app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(self.stop)
+
+    # Small routes
+
+    async def _health(self) -> dict[str, Any]:
+        return {"status": "ok", "waiting": self.worker.waiting, "running": self.worker.running}
+
+    async def _version(self) -> dict[str, str]:
+        return {"version": __version__}
+
+    async def _metrics(self) -> Response:
+        worker = self.worker
+        gauges = {
+            "dycoke_requests_waiting": worker.waiting + self._preparing,
+            "dycoke_requests_running": worker.running,
+            "dycoke_watched_videos": len(worker.cache),
+            "dycoke_watched_videos_bytes": worker.cache.bytes,
+            "dycoke_watched_videos_hits": worker.cache.hits,
+            "dycoke_watched_videos_misses": worker.cache.misses,
+        }
+        return PlainTextResponse(self.metrics.text(gauges))
+
+    async def _models(self) -> dict[str, Any]:
+        own = {"object": "model", "created": self._started, "owned_by": "dycoke"}
+        return {"object": "list", "data": [{"id": self.settings.name, **own}]}
+
+    # Chat
+
+    async def _chat(self, request: Request) -> Response:
+        began = time.perf_counter()
+        try:
+            asked = parse_chat(await self._body(request), [self.settings.name])
+            compressor = self._compressor(asked)
+            if asked.steps and compressor is None:
+                compressor = UNTOUCHED  # answers as the full model does
+            if self.worker.waiting + self._preparing >= self.settings.max_waiting:
+                raise full(self.settings.max_waiting)
+        except ApiError as error:
+            return _refusal(error)
+        told: asyncio.Queue[tuple[Any, ...]] = asyncio.Queue()
+        loop, gone = asyncio.get_running_loop(), threading.Event()
+
+        def emit(what: tuple[Any, ...]) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(told.put_nowait, what)
+
+        self._preparing += 1
+        try:
+            work = loop.run_in_executor(
+                self._threads, self._prepare, asked, compressor, emit, gone.is_set
+            )
+            job = await asyncio.shield(work)
+            self.worker.submit(job)
+        except asyncio.CancelledError:
+            gone.set()
+            raise
+        except Exception as error:
+            return _refusal(as_api_error(error))
+        finally:
+            self._preparing -= 1
+        head = Head(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), self.settings.name)
+        replies = _Replies(told, request, gone, self.metrics, began, job)
+        if asked.stream:
+            parts = replies.stream(head, asked.usage)
+            quiet = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+            return StreamingResponse(parts, media_type="text/event-stream", headers=quiet)
+        return await replies.whole(head)
+
+    async def _body(self, request: Request) -> Any:
+        """The body as JSON, within bounds."""
+        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        if kind != "application/json":
+            # A web page of somebody else can send other types without asking first.
+            raise ApiError(415, f"the content type must be application/json, got {kind!r}")
+        most = self.settings.policy.max_bytes * 4 // 3 + (4 << 20)
+        body = bytearray()
+        async for piece in request.stream():
+            body += piece
+            if len(body) > most:
+                raise ApiError(413, f"the body is larger than {most} bytes")
+        return await asyncio.to_thread(parse_json, bytes(body))
+
+    def _compressor(self, asked: ChatRequest) -> Compressor | None:
+        """What a request's ``dycoke`` field says."""
+        if asked.compress is None:
+            return self.settings.compressor
+        try:
+            return compressor_of(asked.compress, self.settings.compressor)
+        except (TypeError, ValueError) as error:
+            raise ApiError(400, f"dycoke: {error}", "dycoke") from None
+
+    def _prepare(
+        self,
+        asked: ChatRequest,
+        compressor: Compressor | None,
+        emit: Emit,
+        cancelled: Callable[[], bool],
+    ) -> Job:
+        """Fetch, decode and process: in a thread."""
+        began = time.perf_counter()
+        videos: list[Video] = []
+        images: list[Any] = []
+        for part in asked.media:
+            if cancelled():
+                raise ApiError(499, "cancelled")
+            found = media.load(part.url, self.settings.policy)
+            if part.kind == "image":
+                images.append(media.as_image(found))
+            else:
+                videos.append(self._read(found, asked))
+        default, most = self.settings.max_tokens
+        limit = default if asked.max_tokens is None else asked.max_tokens
+        if limit > most:
+            raise ApiError(400, f"max_tokens must be at most {most}, got {limit}", "max_tokens")
+        inputs = self.inputs(asked.turns, videos, images, limit)
+        row = Row(limit, asked.stop, cancelled=cancelled)
+
+        def told(event: Event) -> None:
+            emit(("step", event))
+
+        return Job(
+            turns=asked.turns,
+            videos=videos,
+            images=images,
+            inputs=inputs,
+            compressor=compressor,
+            generate=asked.sampling,
+            seed=asked.seed if asked.sampling.get("do_sample") else None,
+            row=row,
+            emit=emit,
+            watch=self.watch(videos, row, told) if asked.steps else None,
+            video_s=time.perf_counter() - began,
+        )
+
+    def inputs(
+        self, turns: Turns, videos: Sequence[Video], images: Sequence[Any], new: int
+    ) -> dict[str, Any]:
+        """The model's inputs for a conversation that up to ``new`` tokens follow."""
+        with self._tokenizing:
+            inputs = self.assistant.prepare_chat(turns, videos, images)
+        self._check_length(inputs["input_ids"].shape[1], new)
+        return inputs
+
+    def watch(
+        self, videos: Sequence[Video], row: Row, emit: Callable[[Event], None]
+    ) -> Callable[[int], Watcher]:
+        """What makes the listener of a row by its place in the batch: its steps go to ``emit``."""
+        if len(videos) != 1:
+            raise ApiError(
+                400, f"dycoke: steps are those of one video, and there are {len(videos)}", "dycoke"
+            )
+        tokenizer = self.assistant.processor.tokenizer
+        decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+
+        def made(place: int) -> Watcher:
+            return Steps(videos[0], decode, emit, row=place, ended=lambda: row.done)
+
+        return made
+
+    def _check_length(self, prompt: int, new: int) -> None:
+        config = self.assistant.model.config.get_text_config()
+        most = getattr(config, "max_position_embeddings", None)
+        if most is not None and prompt + new > most:
+            raise ApiError(
+                400,
+                f"{prompt} prompt tokens and {new} new ones are more than the model's {most}; "
+                "ask for fewer frames (media_io_kwargs.video.num_frames) or tokens",
+                "messages",
+                "context_length_exceeded",
+            )
+
+    def _read(self, found: bytes | Path, asked: ChatRequest) -> Video:
+        """The frames of a video."""
+        if isinstance(found, Path):
+            return self._frames(found, asked)
+        with tempfile.NamedTemporaryFile(prefix="dycoke-") as file:
+            file.write(found)
+            file.flush()
+            return replace(self._frames(Path(file.name), asked), path="video")
+
+    def _frames(self, path: Path, asked: ChatRequest) -> Video:
+        most, pixels = self.settings.max_frames, self.settings.max_pixels
+        try:
+            count = asked.frames or self.settings.frames
+            if asked.fps is not None:
+                count = max(1, round(read(path, 1, max_pixels=pixels).duration * asked.fps))
+            if count > most:
+                raise ApiError(
+                    400, f"{count} frames are more than this server's {most}", "media_io_kwargs"
+                )
+            return read(path, count, max_pixels=pixels)
+        except VideoError as error:
+            why = str(error).replace(str(path), "video").replace("'video'", "video")
+            raise ApiError(422, why, "messages", "unreadable_video") from None
+
+
+class _Around:
+    """Around every route: keys, request ids, and the count of requests."""
+
+    def __init__(self, app: Any, server: Server) -> None:
+        self.app, self.server = app, server
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope)
+        path, given = request.url.path, request.headers.get("x-request-id", "")
+        number = given if given and given.isascii() and given.isprintable() else uuid.uuid4().hex
+
+        async def answer(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", number.encode())]
+                if path == "/v1/chat/completions":
+                    label = f'{{status="{message["status"]}"}}'
+                    self.server.metrics.add("dycoke_requests_total", 1, label)
+            await send(message)
+
+        if path.startswith("/v1/") and not self._allowed(request):
+            wrong = ApiError(401, "wrong API key", None, "invalid_api_key")
+            await _refusal(wrong)(scope, receive, answer)
+            return
+        await self.app(scope, receive, answer)
+
+    def _allowed(self, request: Request) -> bool:
+        keys = self.server.settings.keys
+        given = request.headers.get("authorization", "").encode()
+        # All are compared, so that time tells nothing.
+        same = [hmac.compare_digest(given, f"Bearer {key}".encode()) for key in keys]
+        return not keys or any(same)
+
+
+class _Replies:
+    """What the generating thread tells of one job, as HTTP says it."""
+
+    def __init__(
+        self,
+        told: asyncio.Queue[tuple[Any, ...]],
+        request: Request,
+        gone: threading.Event,
+        metrics: Metrics,
+        began: float,
+        job: Job,
+    ) -> None:
+        self._told, self._request, self._gone, self._metrics = told, request, gone, metrics
+        self._began, self._job = began, job
+        self._first = True
+
+    async def _next(self) -> tuple[Any, ...]:
+        what = await self._told.get()
+        if what[0] == "text" and self._first:
+            self._first = False
+            took = time.perf_counter() - self._began
+            self._metrics.add("dycoke_first_token_seconds_total", took)
+        return what
+
+    async def whole(self, head: Head) -> Response:
+        """One answer at the end; a client that goes away ends it."""
+        leaving = asyncio.ensure_future(self._follow())
+        try:
+            while True:
+                what = await self._next()
+                if what[0] == "error":
+                    return _refusal(what[1])
+                if what[0] == "done":
+                    _, answer, cached = what
+                    usage = self._count(answer, cached)
+                    return JSONResponse(
+                        head.completion(answer.text, _reason(answer), usage, _report(answer))
+                    )
+        finally:
+            self._gone.set()
+            leaving.cancel()
+
+    async def _follow(self) -> None:
+        """Say so when the client has gone."""
+        while not await self._request.is_disconnected():
+            await asyncio.sleep(0.1)
+        self._gone.set()
+
+    async def stream(self, head: Head, wants_usage: bool) -> AsyncIterator[str]:
+        """Chunks; a client that goes away ends it."""
+        try:
+            yield event(head.chunk({"role": "assistant", "content": ""}))
+            while True:
+                what = await self._next()
+                if what[0] == "text" and what[1]:
+                    yield event(head.chunk({"content": what[1]}))
+                elif what[0] == "step":
+                    yield event(head.chunk({}, dycoke=what[1]))
+                elif what[0] == "error":
+                    yield event(what[1].body)
+                    return
+                elif what[0] == "done":
+                    _, answer, cached = what
+                    usage = self._count(answer, cached)
+                    yield event(head.chunk({}, _reason(answer), dycoke=_report(answer)))
+                    if wants_usage:
+                        yield event(head.chunk(None, usage=usage.body()))
+                    yield event("[DONE]")
+                    return
+        finally:
+            self._gone.set()
+
+    def _count(self, answer: Answer, cached: int) -> Usage:
+        prompt, new = self._job.inputs["input_ids"].shape[1], len(answer.tokens)
+        samples = () if answer.report is None else answer.report.samples
+        visual = sum(sample.visual_tokens for sample in samples)
+        kept = sum(sample.kept_tokens for sample in samples)
+        for name, amount in (
+            ("prompt_tokens", prompt),
+            ("generated_tokens", new),
+            ("visual_tokens", visual),
+            ("visual_tokens_kept", kept),
+            ("request_seconds", time.perf_counter() - self._began),
+        ):
+            self._metrics.add(f"dycoke_{name}_total", amount)
+        return Usage(prompt, new, visual, kept, cached)
+
+
+def compressor_of(given: Mapping[str, Any], default: Compressor | None = None) -> Compressor | None:
+    """The method that a request's settings name.
+
+    Parameters
+    ----------
+    given : ``off`` alone; or ``method``, ``retention``, and settings of the method. Without a
+        method, settings change those of ``default``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what no method has, or does not take.
+    """
+    settings = dict(given)
+    if "off" in settings:
+        off = settings.pop("off")
+        if not isinstance(off, bool) or (off and settings):
+            raise ValueError(f"off must be true, alone, or false, got {given!r}")
+        if off:
+            return None
+    name, retention = settings.pop("method", None), settings.pop("retention", None)
+    if name is None and default is not None and retention is None:
+        method: Compressor | None = default
+    elif name is not None and not isinstance(name, str):
+        raise TypeError(f"method must be a name, got {name!r}")
+    else:
+        method = create(name or "dycoke", retention=retention)
+    if method is None:
+        if settings:
+            raise ValueError(f"the full model has no settings, got {settings!r}")
+        return None
+    if unknown := settings.keys() - method.setting_names():
+        known = ", ".join(sorted(method.setting_names()))
+        raise ValueError(f"no settings {', '.join(sorted(unknown))}; there are {known}")
+    return replace(method, **settings)
+
+
+def _report(answer: Answer) -> dict[str, Any] | None:
+    """The report, and where the time went."""
+    own = {} if answer.report is None else answer.report.to_dict()
+    return {**own, "timings": answer.timings.to_dict()}
+
+
+def _reason(answer: Answer) -> str:
+    return "length" if answer.finish_reason == "length" else "stop"
+
+
+def _refusal(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body, error.status)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    path = request.url.path
+    known = "/v1/chat/completions (POST), /v1/models, /health, /metrics and /version"
+    status = getattr(error, "status_code", 404)
+    return _refusal(ApiError(status, f"no {request.method} {path} here; there are {known}"))

@@ -1,0 +1,292 @@
+"""Requests that wait become batches: one thread generates, and each row streams on its own."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from dycoke.assistant import Answer, Assistant, Seen, Turns, content_of
+from dycoke.batching import Row, answer_rows, collate, pad_of, shapes
+from dycoke.compressor import Compressor
+from dycoke.core.steps import Step
+from dycoke.models.locate import FrameSource, frame_source_of
+from dycoke.serve.protocol import ApiError, as_api_error
+from dycoke.timing import Timings
+from dycoke.video import Video
+
+
+class Watcher(Protocol):
+    """Listens to what the forwards of one row did."""
+
+    def __call__(self, step: Step) -> None: ...
+
+    def finish(self, last: int | None) -> None:
+        """The answer is complete; ``last`` is its last token."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way.
+
+    Attributes
+    ----------
+    turns, videos, images : the conversation, and what its parts are.
+    inputs : the model's, as `Assistant.prepare_chat` made them.
+    compressor : None for the full model.
+    generate : arguments of generate.
+    seed : of sampling; jobs with one go alone.
+    row : where tokens go.
+    emit : called in the generating thread with ("text", piece), ("done", answer, cached tokens) or
+        ("error", ApiError).
+    watch : makes the listener of a row, by its place in the batch; None where nobody looks.
+    video_s : seconds that fetching, decoding and processing took.
+    """
+
+    turns: Turns
+    videos: Sequence[Video]
+    images: Sequence[Any]
+    inputs: Mapping[str, Any]
+    compressor: Compressor | None
+    generate: Mapping[str, Any]
+    seed: int | None
+    row: Row
+    emit: Callable[[tuple[Any, ...]], None]
+    watch: Callable[[int], Watcher] | None = None
+    video_s: float = 0.0
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What is equal for jobs that can be one batch."""
+        alone = id(self) if self.seed is not None else None
+        # Frames that are images to the model are told apart by how many each prompt has.
+        frames = tuple(len(video.frames) for video in self.videos)
+        return (
+            self.compressor,
+            tuple(sorted(self.generate.items())),
+            alone,
+            frames,
+            len(self.images),
+            shapes(self.inputs),
+        )
+
+
+class SeenCache:
+    """Videos that were watched, least recently used first, bounded in bytes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.bytes = max_bytes, 0
+        self.hits = self.misses = 0
+        self._kept: OrderedDict[tuple[Any, ...], Seen] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: tuple[Any, ...]) -> Seen | None:
+        seen = self._kept.get(key)
+        if seen is not None:
+            self._kept.move_to_end(key)
+        return seen
+
+    def put(self, key: tuple[Any, ...], seen: Seen) -> None:
+        """Keep a watched video, where it fits at all."""
+        if seen.nbytes > self.max_bytes:
+            return
+        self._kept[key] = seen
+        self.bytes += seen.nbytes
+        while self.bytes > self.max_bytes:
+            _, old = self._kept.popitem(last=False)
+            self.bytes -= old.nbytes
+
+
+class Worker:
+    """The thread that generates, and what waits for it.
+
+    Parameters
+    ----------
+    assistant : model and processor.
+    max_batch : most requests in one batch.
+    max_waiting : most requests that wait.
+    cache_bytes : most bytes of watched videos that are kept; 0 for none.
+    """
+
+    def __init__(
+        self, assistant: Assistant, max_batch: int = 8, max_waiting: int = 64, cache_bytes: int = 0
+    ) -> None:
+        self.assistant, self.max_batch, self.max_waiting = assistant, max_batch, max_waiting
+        self.cache = SeenCache(cache_bytes)
+        self.batches: deque[int] = deque(maxlen=1000)  # sizes of the last ones
+        self.running = 0
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="dycoke-generate", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def submit(self, job: Job) -> None:
+        """Put a job in the queue.
+
+        Raises
+        ------
+        ApiError
+            429 where the queue is full, 503 where the server stops.
+        """
+        with self._changed:
+            if self._stopping:
+                raise ApiError(503, "the server is stopping", code="stopping")
+            if len(self._waiting) >= self.max_waiting:
+                raise full(self.max_waiting)
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """Finish what waits, take nothing more, and return when all is done."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while batch := self._next():
+            self.running = len(batch)
+            self.batches.append(len(batch))
+            try:
+                self._answer(batch)
+            finally:
+                self.running = 0
+
+    def _next(self) -> list[Job]:
+        """The oldest job and those that can go with it; [] at the end."""
+        with self._changed:
+            while not self._waiting:
+                if self._stopping:
+                    return []
+                self._changed.wait()
+            first = self._waiting.popleft()
+            batch, key = [first], first.key
+            for job in list(self._waiting):
+                if len(batch) == self.max_batch:
+                    break
+                if job.key == key:
+                    self._waiting.remove(job)
+                    batch.append(job)
+            return batch
+
+    def _answer(self, batch: list[Job]) -> None:
+        """Answer a batch; where it fails before a word was said, each of its jobs alone."""
+        left = []
+        for job in batch:
+            if job.row.cancelled():
+                job.emit(("error", ApiError(499, "cancelled")))
+            else:
+                left.append(job)
+        if not left:
+            return
+        try:
+            answers, cached = self._generate(left)
+        except Exception as error:
+            if len(left) > 1 and not any(job.row.ids for job in left):
+                for job in left:
+                    self._answer([job])
+                return
+            for job in left:
+                job.emit(("error", as_api_error(error)))
+            return
+        for job, answer in zip(left, answers, strict=True):
+            job.emit(("done", answer, cached))
+
+    def _generate(self, jobs: list[Job]) -> tuple[list[Answer], int]:
+        first = jobs[0]
+        inputs, cached, watching = self._inputs(jobs)
+        watchers = [job.watch and job.watch(place) for place, job in enumerate(jobs)]
+        listening = [watcher for watcher in watchers if watcher is not None]
+
+        def listen(step: Step) -> None:
+            for watcher in listening:
+                watcher(step)
+
+        for job in jobs:
+            job.row.on_token = _teller(job)
+        with torch.random.fork_rng(enabled=first.seed is not None):
+            if first.seed is not None:
+                torch.manual_seed(first.seed)
+            answers = answer_rows(
+                self.assistant,
+                inputs,
+                [job.row for job in jobs],
+                first.compressor,
+                on_step=listen if listening and first.compressor is not None else None,
+                frame_source=self._frame_source(first),
+                video_s=max(job.video_s for job in jobs),
+                **first.generate,
+            )
+        if watching is not None:
+            answers = [replace(one, timings=_sum(watching, one.timings)) for one in answers]
+        for job, watcher in zip(jobs, watchers, strict=True):
+            if watcher is not None:
+                watcher.finish(job.row.ids[-1] if job.row.ids else None)
+        return answers, cached
+
+    def _frame_source(self, job: Job) -> FrameSource | None:
+        source = frame_source_of(self.assistant.model.config)
+        if source == "images" and len(job.videos) > 1:
+            return tuple(len(video.frames) for video in job.videos)
+        return source
+
+    def _inputs(self, jobs: list[Job]) -> tuple[Mapping[str, Any], int, Timings | None]:
+        """The batch's inputs, how many of its prompt's tokens were there already, and what watching
+        its video took, where that was done now.
+        """
+        if len(jobs) > 1:
+            return collate([job.inputs for job in jobs], pad_of(self.assistant)), 0, None
+        (job,) = jobs
+        drops = job.compressor is not None and job.compressor.drops
+        # A step's masks come with the video's own forward, which a watched one has behind it.
+        if not self.cache.max_bytes or not _begins_with_video(job) or drops or job.watch:
+            return job.inputs, 0, None
+        video = job.videos[0]
+        key = (content_of(video), job.compressor)
+        seen = self.cache.get(key)
+        if seen is not None:
+            self.cache.hits += 1
+            return seen.inputs(job.turns), seen.length, None
+        self.cache.misses += 1
+        seen = self.assistant.watch(video, job.compressor)
+        self.cache.put(key, seen)
+        return seen.inputs(job.turns), 0, seen.timings
+
+
+def full(waiting: int) -> ApiError:
+    """The error where too many wait."""
+    return ApiError(429, f"{waiting} requests are waiting; try later", code="rate_limit_exceeded")
+
+
+def _begins_with_video(job: Job) -> bool:
+    """Whether the conversation is about one video alone, and nothing is said before it."""
+    if len(job.videos) != 1 or job.images:
+        return False
+    first = job.turns[0]
+    return bool(first["role"] == "user" and first["content"][0]["type"] == "video")
+
+
+def _sum(watching: Timings, asking: Timings) -> Timings:
+    """What a question took about a video that was watched for it."""
+    one, two = watching.to_dict(), asking.to_dict()
+    own = {"per_token_s": asking.per_token_s, "video_s": asking.video_s}
+    both = {name: one[name] + two[name] for name in one.keys() - own}
+    return Timings(**both, **own)
+
+
+def _teller(job: Job) -> Callable[[Row, str], None]:
+    def tell(row: Row, piece: str) -> None:
+        job.emit(("text", piece))
+
+    return tell
