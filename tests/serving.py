@@ -7,27 +7,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 FRAMES = 24
-
-
-@dataclass
-class Served:
-    """A server with the page of ``dycoke view``."""
-
-    url: str
-    server: Any
-
-    @property
-    def assistant(self) -> Any:
-        return self.server.assistant
-
-    @property
-    def port(self) -> int:
-        return int(self.url.rpartition(":")[2])
 
 
 @contextmanager

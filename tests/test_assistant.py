@@ -15,7 +15,7 @@ from transformers import Qwen3VLProcessor
 from transformers.video_utils import VideoMetadata
 
 from dycoke import DyCoke, Step, UnsupportedError
-from dycoke.assistant import Assistant, best_dtype, metadata_of
+from dycoke.assistant import Assistant, metadata_of
 from dycoke.video import Video, VideoError, read
 
 FRAMES = 20
@@ -291,8 +291,6 @@ def test_frames_that_a_processor_refuses(load: Any, clip: Path, monkeypatch: Any
 
 
 def test_devices_and_dtypes() -> None:
-    assert best_dtype("cpu") == torch.float32
-    assert best_dtype("mps") == torch.float16
     assert Assistant.load(dtype="bfloat16", device="cpu").model.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="unknown dtype 'float99'"):
         Assistant.load(dtype="float99", device="cpu")

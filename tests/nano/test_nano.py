@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
-from pathlib import Path
 
 import av
 import numpy as np
@@ -163,7 +162,7 @@ def test_events_follow_each_other() -> None:
 # -- files
 
 
-def test_a_story_is_the_same_file_in_every_run(tmp_path: Path) -> None:
+def test_a_story_is_the_same_file_in_every_run(tmp_path) -> None:
     """Whatever lies in memory: encoders may let it decide."""
     story = stories.make("seen", 5004)
     files = {stories.write(story, tmp_path / f"{i}.mp4").read_bytes() for i in range(4)}

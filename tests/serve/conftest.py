@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import FRAMES, Served, listening
+from serving import FRAMES, listening
+from viewing import served
 
 pytest.importorskip("uvicorn", reason="dycoke[serve] is not installed")
 
@@ -61,11 +62,4 @@ def address(server: Server) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="session")
-def served(nano: Assistant) -> Iterator[Served]:
-    from dycoke.serve.viewer import Viewer
-
-    server = Server(nano, Settings(policy=Policy(max_bytes=1 << 20), cache_bytes=0))
-    Viewer(server)
-    with listening(server) as url:
-        yield Served(url, server)
+__all__ = ["address", "clip", "folder", "nano", "served", "server"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -264,3 +265,48 @@ def test_settings_without_a_method_change_the_servers_own() -> None:
     assert compressor_of({"method": "full"}, default) is None
     with pytest.raises(ValueError, match="the full model has no settings"):
         compressor_of({"method": "full", "echo": 0.5}, default)
+
+
+def test_steps_come_with_the_words(ask: Any, nano: Assistant, clip: Callable[[int], Path]) -> None:
+    text = alone(nano, clip(301), create("dycoke"), 12).text
+    chunks = list(ask(stream=True, max_tokens=12, extra_body={"dycoke": {"steps": True}}))
+    told: list[dict[str, Any]] = [getattr(chunk, "dycoke", None) or {} for chunk in chunks]
+    events = [event for event in told if "event" in event]
+    assert [event["event"] for event in events] == ["start"] + ["word"] * 12
+    assert (events[0]["tokens"], len(events[0]["frames"])) == (864, 24)
+    assert "".join(event["text"] for event in events[1:]).strip() == text
+    words = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(words) == text
+    two = [part for _ in range(2) for part in ask_about(data_url(clip(301)), "x")[0]["content"]]
+    with pytest.raises(openai.BadRequestError, match="steps are of one video, got 2"):
+        ask(messages=[{"role": "user", "content": two}], extra_body={"dycoke": {"steps": True}})
+
+
+def test_a_row_that_is_complete_hears_no_more_of_its_batch(ask: Any, server: Server) -> None:
+    gate, limits = threading.Event(), (3, 9)
+
+    def words(limit: int) -> list[str]:
+        chunks = ask(stream=True, max_tokens=limit, extra_body={"dycoke": {"steps": True}})
+        told: list[dict[str, Any]] = [getattr(chunk, "dycoke", None) or {} for chunk in chunks]
+        return [event["text"] for event in told if event.get("event") == "word"]
+
+    alone = [words(limit) for limit in limits]
+    server.worker.submit(lambda: gate.wait(30))  # while it runs, both wait
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(words, limit) for limit in limits]
+        while server.worker.waiting < 2:
+            time.sleep(0.01)
+        gate.set()
+    assert server.worker.batches[-1] == 2
+    assert [answer.result() for answer in answers] == alone
+    assert [len(one) for one in alone] == list(limits)
+
+
+def test_the_page_asks_through_the_same_queue(nano: Assistant) -> None:
+    server = Server(nano, Settings(viewer=True))
+    with listening(server) as address:
+        assert "<html" in httpx.get(f"{address}/").text
+        query: dict[str, Any] = {"story": 3, "question": TELL, "method": "dycoke", "words": 5}
+        got = httpx.post(f"{address}/viewer/ask", params=query, timeout=60)
+    events = [json.loads(line) for line in got.text.splitlines()]
+    assert [event["event"] for event in events] == ["start", *["word"] * 5, "done"]

@@ -6,7 +6,6 @@ import base64
 import os
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from serving import Served
+from viewing import Served
 
 from dycoke.methods import create
 from dycoke.nano import stories
-from dycoke.serve.steps import Steps
 from dycoke.video import read
 
 pytestmark = pytest.mark.browser
@@ -106,7 +104,7 @@ def test_a_token_has_the_colour_of_what_became_of_it(
 ) -> None:
     """Each of several words, against what `ask` says of the same clip."""
     video = read(clip, 24)
-    answer = served.assistant.ask(
+    answer = served.viewer.assistant.ask(
         video, stories.DESCRIBE[0], create("dycoke+"), max_new_tokens=128, trace=True
     )
     sample = answer.trace.samples[0]
@@ -182,7 +180,7 @@ def test_words_slider_strip_and_keys_choose_the_same_step(opened: Opened) -> Non
 def test_the_strip_is_darkest_where_a_word_looked(
     opened: Opened, served: Served, clip: Path
 ) -> None:
-    answer = served.assistant.ask(
+    answer = served.viewer.assistant.ask(
         read(clip, 24), stories.DESCRIBE[0], create("dycoke+"), max_new_tokens=128, trace=True
     )
     sample = answer.trace.samples[0]
@@ -247,14 +245,23 @@ def test_a_file_that_is_no_clip_gets_a_message(opened: Opened, clip: Path) -> No
 def test_an_answer_that_is_stopped_ends_there(
     opened: Opened, served: Served, monkeypatch: Any
 ) -> None:
-    gate, told, inner = threading.Semaphore(4), [], Steps.__call__
+    gate, told, ended = threading.Semaphore(4), [], threading.Event()
+    inner, answer = served.viewer.assistant.ask, served.viewer._answer
 
-    def slowly(self: Any, step: Any) -> None:
-        gate.acquire(timeout=30)
-        told.append(step.index)
-        inner(self, step)
+    def slowly(*args: Any, on_step: Any, **kwargs: Any) -> Any:
+        def step(one: Any) -> None:
+            gate.acquire(timeout=30)
+            told.append(one.index)
+            on_step(one)
 
-    monkeypatch.setattr(Steps, "__call__", slowly)
+        return inner(*args, on_step=step, **kwargs)
+
+    def watched(*args: Any) -> None:
+        answer(*args)
+        ended.set()
+
+    monkeypatch.setattr(served.viewer.assistant, "ask", slowly)
+    monkeypatch.setattr(served.viewer, "_answer", watched)
     page = opened.page
     page.click("#go")
     page.wait_for_selector(".words [data-index='2']")
@@ -262,8 +269,7 @@ def test_an_answer_that_is_stopped_ends_there(
     page.click("#stop")
     page.wait_for_selector(".pane[data-done=stopped]")
     assert page.inner_text(".words") == "an orange cross stopped"
-    while served.server.worker.running:
-        time.sleep(0.6)  # a connection is looked at twice a second
+    while not ended.wait(0.6):  # a connection is looked at twice a second
         gate.release()
     assert len(told) < 15  # of 26
     monkeypatch.undo()

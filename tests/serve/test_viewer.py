@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import queue
 import re
 import socket
+import sys
 import threading
-import time
-import webbrowser
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,12 @@ from urllib.parse import urlencode
 
 import clips
 import pytest
-from serving import Served, ask_about, data_url
 from typer.testing import CliRunner
+from viewing import Served
 
-from dycoke.cli.console import BadInput
+from dycoke import nano
 from dycoke.methods import create
 from dycoke.nano import stories
-from dycoke.serve.steps import Steps
 from dycoke.video import read
 
 STORY = 3
@@ -67,7 +66,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_answers_and_steps_are_those_of_ask(
     served: Served, story: Path, method: str, way: str
 ) -> None:
-    expected = served.assistant.ask(
+    expected = served.viewer.assistant.ask(
         read(story, 24), QUESTION, create(method), max_new_tokens=128, trace=True
     )
     if way == "story":
@@ -167,18 +166,22 @@ def test_another_sites_page_may_not_ask(served: Served) -> None:
 
 
 def test_too_many_questions_are_refused(served: Served, monkeypatch: Any) -> None:
-    monkeypatch.setattr(served.server.worker, "max_waiting", 0)
+    def full(job: Any) -> None:
+        raise queue.Full
+
+    monkeypatch.setattr(served.viewer, "_submit", full)
     status, (message,) = ask(served, story=STORY)
-    assert status == 429 and message == "0 requests are waiting; try later"
+    assert status == 429 and message == "too many questions are waiting; try again"
 
 
 def test_a_fault_inside_an_answer_is_its_last_event(served: Served, monkeypatch: Any) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("dycoke.serve.work.answer_rows", fail)
-    events = ask(served, story=STORY)[1]
-    assert events == [{"event": "error", "message": "RuntimeError in the server"}]
+    monkeypatch.setattr(served.viewer.assistant, "ask", fail)
+    assert ask(served, story=STORY)[1] == [
+        {"event": "error", "message": "RuntimeError: out of luck"}
+    ]
     monkeypatch.undo()
     assert ask(served, story=STORY, words=1)[1][-1]["event"] == "done"
 
@@ -199,90 +202,33 @@ def test_two_at_once_get_their_own_answers(served: Served) -> None:
 
 def test_who_leaves_ends_the_answer(served: Served, monkeypatch: Any) -> None:
     """The model is free again long before the answer's end."""
-    told, gate = [], threading.Semaphore(0)
-    inner = Steps.__call__
+    told, gate, ended = [], threading.Semaphore(0), threading.Event()
+    inner, answer = served.viewer.assistant.ask, served.viewer._answer
 
-    def slowly(self: Any, step: Any) -> None:
-        told.append(step.index)
-        inner(self, step)
-        gate.acquire(timeout=30)
+    def slowly(*args: Any, on_step: Any, **kwargs: Any) -> Any:
+        def step(one: Any) -> None:
+            told.append(one.index)
+            on_step(one)
+            gate.acquire(timeout=30)
 
-    monkeypatch.setattr(Steps, "__call__", slowly)
+        return inner(*args, on_step=step, **kwargs)
+
+    def watched(*args: Any) -> None:
+        answer(*args)
+        ended.set()
+
+    monkeypatch.setattr(served.viewer.assistant, "ask", slowly)
+    monkeypatch.setattr(served.viewer, "_answer", watched)
     with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
         path = f"/viewer/ask?{urlencode({'question': QUESTION, 'story': STORY})}"
         head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 0\r\n\r\n"
         connection.sendall(head.encode())
         assert connection.recv(1 << 10).startswith(b"HTTP/1.1 200")
-    while served.server.worker.running:
-        time.sleep(0.6)  # a connection is looked at twice a second
+    while not ended.wait(0.6):  # a connection is looked at twice a second
         gate.release()
     assert len(told) < 12  # of 26
     monkeypatch.undo()
     assert ask(served, story=STORY, words=1)[1][-1]["event"] == "done"
-
-
-def test_rows_of_a_batch_have_their_own_steps(served: Served, monkeypatch: Any) -> None:
-    """Of two answers that go as one batch, the shorter one ends where it ends."""
-    questions = [QUESTION, "What colour is the first thing?"]
-    alone = {q: ask(served, story=STORY, question=q, method="dycoke")[1] for q in questions}
-    worker, together = served.server.worker, dict[str, list[Any]]()
-    take, patient = worker._next, [True]
-
-    def both() -> Any:
-        with worker._changed:
-            while patient and len(worker._waiting) < 2:
-                worker._changed.wait()
-        return take()
-
-    monkeypatch.setattr(worker, "_next", both)
-    ask(served, story=STORY, words=1)  # the worker waited in the method that it had before
-
-    def one(question: str) -> None:
-        together[question] = ask(served, story=STORY, question=question, method="dycoke")[1]
-
-    threads = [threading.Thread(target=one, args=(question,)) for question in questions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert worker.batches[-1] == 2
-    monkeypatch.undo()
-    patient.clear()
-    with worker._changed:
-        worker._changed.notify()
-    for question in questions:
-        assert [event["event"] for event in together[question]] == [
-            event["event"] for event in alone[question]
-        ]
-        for event, expected in zip(together[question], alone[question], strict=True):
-            for name in ("text", "active", "recalled", "keep"):
-                assert event.get(name) == expected.get(name)
-
-
-def test_steps_of_a_chat(served: Served, story: Path) -> None:
-    """OpenAI's route tells the same steps in its chunks, where they are asked for."""
-    _, (start, *words, _) = ask(served, story.read_bytes(), method="dycoke")
-    body: dict[str, Any] = {
-        "messages": ask_about(data_url(story), QUESTION),
-        "stream": True,
-        "dycoke": {"method": "dycoke", "steps": True},
-        "media_io_kwargs": {"video": {"num_frames": 24}},
-    }
-    kind = {"content-type": "application/json"}
-    path = "/v1/chat/completions"
-    status, _, data = call(served, path, "POST", json.dumps(body).encode(), **kind)
-    assert status == 200
-    chunks = [json.loads(line[6:]) for line in data.split(b"\n\n") if line.startswith(b"data: {")]
-    told = [c["dycoke"] for c in chunks if "event" in (c.get("dycoke") or {})]
-    assert [e["event"] for e in told] == ["start", *["word"] * len(words)]
-    assert told[0]["keep"] == start["keep"]
-    for one, other in zip(told[1:], words, strict=True):
-        assert {**one, "seconds": 0} == {**other, "seconds": 0}
-    said = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
-    assert said.strip() == "".join(e["text"] for e in told[1:]).strip()
-    body["messages"] = [{"role": "user", "content": QUESTION}]
-    status, _, data = call(served, path, "POST", json.dumps(body).encode(), **kind)
-    assert status == 400 and b"steps are those of one video, and there are 0" in data
 
 
 def test_files_of_the_page(served: Served) -> None:
@@ -320,31 +266,41 @@ def test_a_clip_of_another_shape(served: Served, tmp_path: Path) -> None:
     assert events[-1]["event"] == "done"
 
 
+def test_view_without_a_web_server_says_what_to_install(monkeypatch: Any) -> None:
+    from dycoke.cli.console import BadInput
+    from dycoke.cli.main import app
+
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    result = CliRunner().invoke(app, ["view", "--no-browser"])
+    assert isinstance(result.exception, BadInput)
+    assert "pip install 'dycoke[serve]'" in str(result.exception)
+
+
+def test_view_says_where_it_listens_and_that_a_port_is_taken(served: Served) -> None:
+    from dycoke.cli.console import BadInput
+    from dycoke.cli.main import app
+
+    result = CliRunner().invoke(app, ["view", "--no-browser", "--port", str(served.port)])
+    assert isinstance(result.exception, BadInput)
+    assert f"cannot listen on 127.0.0.1:{served.port}" in str(result.exception)
+    assert "choose another --port" in str(result.exception)
+
+
 def test_view_opens_the_page(monkeypatch: Any, served: Served) -> None:
     """The whole command, but for the server's own loop."""
+    import webbrowser
+
     import uvicorn
 
     from dycoke.cli.main import app
 
     opened: list[str] = []
     ran: list[Any] = []
-
-    def loop(self: Any, sockets: Any) -> None:
-        ran.append([route.path for route in self.config.app.routes])
-        for one in sockets:
-            one.close()
-
     monkeypatch.setattr(webbrowser, "open", opened.append)
-    monkeypatch.setattr(uvicorn.Server, "run", loop)
-    monkeypatch.setattr("dycoke.cli.serve.load_assistant", lambda *a: served.assistant)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: ran.append(sockets))
+    monkeypatch.setattr("dycoke.cli.view.load_assistant", lambda *a, **k: served.viewer.assistant)
     result = CliRunner().invoke(app, ["view", "--port", "0"])
     assert result.exception is None
     (url,) = opened
-    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", url) and f"its page is {url}" in result.stderr
-    assert "/viewer/ask" in ran[0] and "/v1/chat/completions" in ran[0]
-    result = CliRunner().invoke(app, ["serve", "--port", "0"])
-    assert result.exception is None and len(opened) == 1 and "/viewer/ask" not in ran[1]
-    result = CliRunner().invoke(app, ["serve", "--port", "0", "--viewer"])
-    assert result.exception is None and len(opened) == 1 and "/viewer/ask" in ran[2]
-    result = CliRunner().invoke(app, ["serve", "--viewer", "--api-key", "a"])
-    assert isinstance(result.exception, BadInput) and "exclude each other" in str(result.exception)
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", url) and f"watch it at {url}" in result.output
+    assert len(ran) == 1 and nano.is_trained()

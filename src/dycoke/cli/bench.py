@@ -26,6 +26,10 @@ def bench(
         str, typer.Option(help="Comma-separated; see dycoke methods.")
     ] = "full,dycoke",
     retention: options.Retention = None,
+    echo: options.Echo = None,
+    echo_exact: options.EchoExact = None,
+    skip_ratio: options.SkipRatio = None,
+    skip_layer: options.SkipLayer = None,
     video: Annotated[Path | None, typer.Option(help="[default: a rendered story]")] = None,
     frames: options.FrameCount = 32,
     stream: options.Stream = None,
@@ -40,6 +44,7 @@ def bench(
         int | None, typer.Option(help="Cut an architecture's vision encoder; the output says so.")
     ] = None,
     device: options.Device = None,
+    dtype: options.Dtype = None,
     attention: Annotated[
         str | None, typer.Option(help="Such as flash_attention_2 [default: transformers' choice]")
     ] = None,
@@ -52,17 +57,39 @@ def bench(
     picture: Annotated[Path, typer.Option(help="Where to save the bars.")] = Path(
         "dycoke-bench.png"
     ),
+    serve: Annotated[
+        bool,
+        typer.Option(
+            "--serve", help="Instead: requests per second of dycoke serve, on this model."
+        ),
+    ] = False,
+    concurrency: Annotated[
+        str, typer.Option(help="With --serve: requests under way at once, comma-separated.")
+    ] = "1,4,16",
     check_paper: Annotated[
         bool, typer.Option("--check-paper", help="Print the paper's FLOPs and ours, and stop.")
     ] = False,
 ) -> None:
-    """Speed and memory of the methods, stage by stage; one line of JSON comes last."""
+    """Speed and memory of the methods, stage by stage; one line of JSON comes last.
+
+    With --echo, --echo-exact, --skip-ratio or --skip-layer each method that has such settings is
+    measured twice: as it is, and with them.
+    """
     if check_paper:
         from dycoke.cli.lists import list_flops
 
         list_flops()
         return
     options.exclusive(arch=arch, model=model)
+    if serve:
+        options.exclusive(serve=serve, arch=arch)
+        options.exclusive(serve=serve, retention=retention)
+        options.check_folder(json_file)
+        server = {"--model": model, "--device": device, "--dtype": dtype}
+        given = [part for pair in server.items() if pair[1] is not None for part in pair]
+        file = None if video is None else str(video)
+        _serve(methods, concurrency, repeat, file, frames, new_tokens, given, device, json_file)
+        return
     if arch is None and (layers, vision_layers) != (None, None):
         raise BadInput("--layers and --vision-layers cut random weights only; name an --arch")
     options.check_folder(json_file, picture)
@@ -84,10 +111,74 @@ def bench(
             retention=retention,
             device=device,
             attention=attention,
+            dtype=dtype,
+            settings=options.given_settings(
+                echo=echo, echo_exact=echo_exact, skip_ratio=skip_ratio, skip_layer=skip_layer
+            ),
         )
     except ValueError as error:
         raise BadInput(str(error)) from None
     _show(*_measure(plan, peak), json_file, picture)
+
+
+def _serve(
+    methods: str,
+    concurrency: str,
+    repeat: int,
+    video: str | None,
+    frames: int,
+    new_tokens: int,
+    server: list[Any],
+    device: str | None,
+    json_file: Path | None,
+) -> None:
+    """Measure a server, and show it."""
+    from dycoke.bench import show
+    from dycoke.bench.results import hardware, versions
+    from dycoke.cli.serve import needs_extra
+
+    needs_extra()
+    from dycoke.methods import METHODS
+    from dycoke.serve.load import Load, LoadError, measure
+
+    counts = options.comma_separated(concurrency)
+    if not counts or not all(count.isdecimal() and int(count) for count in counts):
+        raise BadInput(f"--concurrency must be counts such as 1,4,16, got {concurrency!r}")
+    names = tuple(options.comma_separated(methods))
+    if unknown := [name for name in names if name not in METHODS]:
+        raise BadInput(f"unknown method {unknown[0]!r}; there are {', '.join(METHODS)}")
+    if video is not None and not Path(video).is_file():
+        raise BadInput(f"{video}: no such file")
+    load = Load(
+        methods=names,
+        concurrency=tuple(map(int, counts)),
+        repeat=repeat,
+        video=video,
+        frames=frames,
+        new_tokens=new_tokens,
+        server=tuple(server),
+    )
+    try:
+        rows = measure(load, lambda what: err.print(what, markup=False))
+    except LoadError as error:
+        raise BadInput(str(error)) from None
+    out.print(show.load_table(rows))
+    import torch
+
+    from dycoke.assistant import best_device
+
+    content = {
+        "command": shlex.join(["dycoke", *sys.argv[1:]]),
+        "hardware": hardware(torch.device(device or best_device())),
+        "versions": versions(),
+        "frames": frames,
+        "new_tokens": new_tokens,
+        "repeat": repeat,
+        "results": rows,
+    }
+    if json_file is not None:
+        json_file.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps(content))
 
 
 def _measure(plan: Plan, peak: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -101,6 +192,7 @@ def _measure(plan: Plan, peak: bool) -> tuple[dict[str, Any], list[dict[str, Any
     from dycoke.video import VideoError
 
     logging.disable_progress_bar()
+    err.print(f"number format: {plan.number_format}", highlight=False)
     try:
         with video_file(plan) as path, err.status("building the model") as status:
 

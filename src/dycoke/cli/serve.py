@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
+import webbrowser
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dycoke.cli import options
-from dycoke.cli.console import BadInput, err
+from dycoke.cli.console import BadInput, err, out
 from dycoke.cli.session import load_assistant
 
 if TYPE_CHECKING:
@@ -59,30 +62,29 @@ def serve(
         str | None,
         typer.Option(help="Hosts that http URLs may name, comma-separated [default: none]"),
     ] = None,
-    viewer: Annotated[
-        bool, typer.Option("--viewer", help="Also the page of dycoke view, at /.")
-    ] = False,
     fetch_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one fetch.")] = 30.0,
+    viewer: Annotated[
+        bool, typer.Option("--viewer", help="Serve the page of dycoke view, too.")
+    ] = False,
     device: options.Device = None,
-    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16 [default: by device]")] = None,
+    dtype: options.Dtype = None,
 ) -> None:
     """Serve a model with OpenAI's chat API; compression is chosen per request."""
     needs_extra()
-    from dycoke.serve.app import Settings
+    from dycoke.serve.app import Server, Settings
     from dycoke.serve.media import Policy
 
-    if viewer and api_key:
-        raise BadInput("--viewer and --api-key exclude each other: the page has no key; drop one")
     if allowed_local_media_path is not None and not allowed_local_media_path.is_dir():
         raise BadInput(f"--allowed-local-media-path {allowed_local_media_path}: no such folder")
+    if viewer and api_key:
+        raise BadInput("--viewer and --api-key: the page sends no key; run one server for each")
+    compressor = options.method_of(method, retention, {})
     domains = options.comma_separated(allowed_media_domains or "")
-    server = build(
-        model,
-        device,
-        dtype,
-        Settings(
+
+    def make() -> Server:
+        settings = Settings(
             name=name or (Path(model).name if model else "nano"),
-            compressor=options.method_of(method, retention, {}),
+            compressor=compressor,
             keys=tuple(api_key or ()),
             policy=Policy(
                 folder=allowed_local_media_path,
@@ -97,9 +99,11 @@ def serve(
             max_waiting=max_waiting,
             cache_bytes=cache_mb * MIB,
             threads=max(2, (os.cpu_count() or 2) // 2),
-        ),
-    )
-    run(server, host, port, viewer)
+            viewer=viewer,
+        )
+        return Server(load_assistant(model, device, dtype), settings)
+
+    run(make, host, port)
 
 
 def needs_extra() -> None:
@@ -107,53 +111,47 @@ def needs_extra() -> None:
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise BadInput(
-            f"{' and '.join(missing)} not installed: pip install 'dycoke[serve]' brings what a "
+            f"{' and '.join(missing)} not installed; pip install 'dycoke[serve]' brings what a "
             "server needs"
         )
 
 
-def build(
-    model: str | None, device: str | None, dtype: str | None, settings: Any, own_world: bool = False
-) -> Server:
-    """The server of a model; ``own_world`` where the embedded one is at home."""
-    from dycoke.serve.app import Server
-
-    return Server(load_assistant(model, device, dtype, own_world), settings)
-
-
-def run(server: Server, host: str, port: int, page: bool = False, browser: bool = False) -> None:
+def run(make: Callable[[], Server], host: str, port: int, opened: bool = False) -> None:
     """Listen until a signal comes; what is under way is finished.
 
-    ``page`` adds the page of ``dycoke view``, which ``browser`` opens.
+    Parameters
+    ----------
+    make : loads the model, once the address is known to be free.
+    opened : whether a browser is sent to the page.
     """
     import uvicorn
 
-    public = host not in ("127.0.0.1", "localhost", "::1")
-    if public and not server.settings.keys:
-        err.print(f"note: whoever reaches {host} may use this server; --api-key asks for a key")
-    config = uvicorn.Config(server.app, host=host, port=port, log_level="warning")
-    sockets = []
     try:
-        sockets.append(config.bind_socket())
-    except SystemExit:
-        server.stop()
-        raise BadInput(f"cannot listen on {host}:{port}; is another server there?") from None
-    port = sockets[0].getsockname()[1]
-    shown = f"[{host}]" if ":" in host else host
-    err.print(f"dycoke serves {server.settings.name} at http://{shown}:{port}/v1", markup=False)
-    if page:
-        from dycoke.serve.viewer import Viewer
+        listener = socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        )
+    except OSError as error:
+        raise BadInput(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"
+        ) from None
+    with listener:
+        server = make()
+        settings = server.settings
+        if host not in ("127.0.0.1", "localhost", "::1") and not settings.keys:
+            err.print(f"note: whoever reaches {host} may use this server; --api-key asks for a key")
+        url = f"http://{_shown(host)}:{listener.getsockname()[1]}"
+        out.print(f"{settings.name} answers at {url}/v1", soft_wrap=True, markup=False)
+        if settings.viewer:
+            out.print(f"watch it at {url}/", soft_wrap=True, markup=False)
+        err.print("press Ctrl+C to stop")
+        if opened and not webbrowser.open(f"{url}/"):
+            err.print("no browser was found here; open the address in one yourself")
+        config = uvicorn.Config(server.app, log_level="warning", timeout_graceful_shutdown=60)
+        uvicorn.Server(config).run(sockets=[listener])
 
-        Viewer(server)
-        own = "127.0.0.1" if host in ("0.0.0.0", "::") else shown
-        err.print(f"its page is http://{own}:{port}/", markup=False)
-        if browser:
-            _open(f"http://{own}:{port}/")
-    uvicorn.Server(config).run(sockets)
 
-
-def _open(url: str) -> None:
-    import webbrowser
-
-    if not webbrowser.open(url):
-        err.print("no browser was found here; open the address in one yourself")
+def _shown(host: str) -> str:
+    """How an address is written in a URL that a browser on this machine can open."""
+    if host in ("0.0.0.0", "::", ""):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host

@@ -20,11 +20,10 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 from dycoke import __version__
-from dycoke.assistant import Answer, Assistant, Turns
+from dycoke.assistant import Answer, Assistant
 from dycoke.batching import Row
 from dycoke.compressor import Compressor
 from dycoke.methods import create
-from dycoke.methods.dycoke import DyCoke
 from dycoke.serve import media
 from dycoke.serve.media import Policy
 from dycoke.serve.metrics import Metrics
@@ -39,12 +38,11 @@ from dycoke.serve.protocol import (
     parse_json,
 )
 from dycoke.serve.steps import Event, Steps
+from dycoke.serve.viewer import Viewer
 from dycoke.serve.work import Job, Watcher, Worker, full
 from dycoke.video import Video, VideoError, read
 
 Emit = Callable[[tuple[Any, ...]], None]
-# What watches the full model: settings that remove nothing.
-UNTOUCHED = DyCoke(merge_ratio=0, prune_ratio=0)
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,7 @@ class Settings:
     max_waiting : most requests that are prepared or wait.
     cache_bytes : bytes of watched videos that are kept.
     threads : that decode videos and make inputs.
+    viewer : whether the page is served at "/".
     """
 
     name: str = "nano"
@@ -79,6 +78,7 @@ class Settings:
     max_waiting: int = 64
     cache_bytes: int = 1 << 30
     threads: int = 2
+    viewer: bool = False
 
 
 class Server:
@@ -109,6 +109,9 @@ class Server:
         self.app.get("/metrics")(self._metrics)
         self.app.get("/v1/models")(self._models)
         self.app.post("/v1/chat/completions")(self._chat)
+        if settings.viewer:
+            viewer = Viewer(assistant, settings.name, self.worker.submit, settings.policy.max_bytes)
+            self.app.router.routes.extend(viewer.routes())
         for status in (404, 405):
             self.app.exception_handler(status)(_no_route)
 
@@ -153,8 +156,6 @@ class Server:
         try:
             asked = parse_chat(await self._body(request), [self.settings.name])
             compressor = self._compressor(asked)
-            if asked.steps and compressor is None:
-                compressor = UNTOUCHED  # answers as the full model does
             if self.worker.waiting + self._preparing >= self.settings.max_waiting:
                 raise full(self.settings.max_waiting)
         except ApiError as error:
@@ -230,16 +231,15 @@ class Server:
                 images.append(media.as_image(found))
             else:
                 videos.append(self._read(found, asked))
+        decoded = time.perf_counter()
+        with self._tokenizing:
+            inputs = self.assistant.prepare_chat(asked.turns, videos, images)
         default, most = self.settings.max_tokens
         limit = default if asked.max_tokens is None else asked.max_tokens
         if limit > most:
             raise ApiError(400, f"max_tokens must be at most {most}, got {limit}", "max_tokens")
-        inputs = self.inputs(asked.turns, videos, images, limit)
+        self._check_length(inputs["input_ids"].shape[1], limit)
         row = Row(limit, asked.stop, cancelled=cancelled)
-
-        def told(event: Event) -> None:
-            emit(("step", event))
-
         return Job(
             turns=asked.turns,
             videos=videos,
@@ -250,34 +250,22 @@ class Server:
             seed=asked.seed if asked.sampling.get("do_sample") else None,
             row=row,
             emit=emit,
-            watch=self.watch(videos, row, told) if asked.steps else None,
-            video_s=time.perf_counter() - began,
+            watch=self._watch(videos, row, emit) if asked.steps else None,
+            before=(decoded - began, time.perf_counter() - decoded),
         )
 
-    def inputs(
-        self, turns: Turns, videos: Sequence[Video], images: Sequence[Any], new: int
-    ) -> dict[str, Any]:
-        """The model's inputs for a conversation that up to ``new`` tokens follow."""
-        with self._tokenizing:
-            inputs = self.assistant.prepare_chat(turns, videos, images)
-        self._check_length(inputs["input_ids"].shape[1], new)
-        return inputs
-
-    def watch(
-        self, videos: Sequence[Video], row: Row, emit: Callable[[Event], None]
-    ) -> Callable[[int], Watcher]:
-        """What makes the listener of a row by its place in the batch: its steps go to ``emit``."""
+    def _watch(self, videos: Sequence[Video], row: Row, emit: Emit) -> Callable[[int], Watcher]:
+        """Listeners that tell what each token looked at, as the page has it."""
         if len(videos) != 1:
-            raise ApiError(
-                400, f"dycoke: steps are those of one video, and there are {len(videos)}", "dycoke"
-            )
-        tokenizer = self.assistant.processor.tokenizer
-        decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+            raise ApiError(400, f"dycoke: steps are of one video, got {len(videos)}", "dycoke")
+        decode = functools.partial(
+            self.assistant.processor.tokenizer.decode, skip_special_tokens=True
+        )
 
-        def made(place: int) -> Watcher:
-            return Steps(videos[0], decode, emit, row=place, ended=lambda: row.done)
+        def tell(what: Event) -> None:
+            emit(("step", what))
 
-        return made
+        return lambda place: Steps(videos[0], decode, tell, row=place, ended=lambda: row.done)
 
     def _check_length(self, prompt: int, new: int) -> None:
         config = self.assistant.model.config.get_text_config()

@@ -13,28 +13,32 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from fastapi import Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import BaseRoute, Route
 
 from dycoke import nano
-from dycoke.assistant import Answer
-from dycoke.batching import Row
+from dycoke.assistant import Assistant
 from dycoke.compressor import Compressor
+from dycoke.errors import UnsupportedError
 from dycoke.methods import METHODS, create
+from dycoke.methods.dycoke import DyCoke
 from dycoke.nano import stories
-from dycoke.serve.app import UNTOUCHED, Server
-from dycoke.serve.protocol import ApiError, as_api_error
-from dycoke.serve.steps import Event
-from dycoke.serve.work import Job
+from dycoke.serve.steps import Event, Steps
 from dycoke.video import Video, VideoError, read
+
+Submit = Callable[[Callable[[], None]], Any]
+"""Runs a job in the thread that generates, in turn; raises `queue.Full` where too many wait."""
 
 FILES = {
     "": ("index.html", "text/html; charset=utf-8"),
@@ -52,34 +56,72 @@ HEADERS = {
 }
 SHOWN = (3, 23, 14, 6, 18, 1)  # seeds of the stories that the page offers
 LONGEST_QUESTION, MOST_FRAMES, MOST_WORDS = 4000, 128, 512
+MAX_BYTES = 64 << 20
 LOOK_EVERY = 0.5  # seconds after which a silent connection is looked at
 
 
+class Refused(Exception):
+    """A request that cannot be answered: status, and one line that says why."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+    def response(self) -> Response:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": str(self), "type": kind, "param": None, "code": None}
+        return JSONResponse({"error": error}, self.status, HEADERS)
+
+
+class _Left(Exception):
+    """Whoever asked has gone."""
+
+
 class Viewer:
-    """A server's model, shown while it answers. Its answers go the way of all others.
+    """One model, shown while it answers.
 
     Parameters
     ----------
-    server : its application takes in the page's routes.
+    assistant : the model; everything that runs it goes through ``submit``.
+    name : what the page calls the model.
+    submit : the server's own queue; None for one thread of this viewer's.
+    max_bytes : the largest clip that is taken.
     """
 
-    def __init__(self, server: Server) -> None:
-        self.server, self.assistant = server, server.assistant
-        self.max_bytes = server.settings.policy.max_bytes
+    def __init__(
+        self,
+        assistant: Assistant,
+        name: str,
+        submit: Submit | None = None,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        self.assistant, self.name, self.max_bytes = assistant, name, max_bytes
+        self._submit = submit or ThreadPoolExecutor(1, "dycoke-view").submit
         # The embedded model is at home in clips of as many frames as it was trained on.
-        own = server.assistant.model.config.name_or_path == str(nano.path())
-        self.frames = stories.FRAMES if own else server.settings.frames
-        for path, names in FILES.items():
-            server.app.add_route(f"/{path}", functools.partial(_file, *names))
-        server.app.add_route("/viewer/config", self._config)
-        server.app.add_route("/viewer/stories/{seed:int}.jpg", self._picture)
-        server.app.add_route("/viewer/ask", self._ask, methods=["POST"])
+        own = assistant.model.config.name_or_path == str(nano.path())
+        self.frames = stories.FRAMES if own else 32
+
+    def routes(self) -> list[BaseRoute]:
+        """What a Starlette or FastAPI application takes in."""
+        files: list[BaseRoute] = [
+            Route(f"/{path}", functools.partial(_file, *names)) for path, names in FILES.items()
+        ]
+        return [
+            *files,
+            Route("/viewer/config", self._config),
+            Route("/viewer/stories/{seed:int}.jpg", self._picture),
+            Route("/viewer/ask", self._ask, methods=["POST"]),
+        ]
+
+    def app(self) -> Starlette:
+        """An application of the page alone."""
+        return Starlette(routes=self.routes())
 
     async def _config(self, request: Request) -> Response:
         methods = [{"name": n, "about": e.about} for n, e in METHODS.items() if n != "full"]
         return JSONResponse(
             {
-                "model": self.server.settings.name,
+                "model": self.name,
                 "frames": self.frames,
                 "max_bytes": self.max_bytes,
                 "question": stories.DESCRIBE[0],
@@ -92,7 +134,7 @@ class Viewer:
     async def _picture(self, request: Request) -> Response:
         seed = int(request.path_params["seed"])
         if seed not in SHOWN:
-            return _refusal(ApiError(404, f"there is no story {seed} here"))
+            return Refused(404, f"there is no story {seed} here").response()
         picture = await asyncio.to_thread(story_picture, seed)
         return Response(picture, media_type="image/jpeg", headers=HEADERS)
 
@@ -103,10 +145,12 @@ class Viewer:
             asked = Asked.of(request.query_params, self.frames)
             video = await self._video(request, asked)
             inbox = _Inbox()
-            job = await asyncio.to_thread(self._job, asked, video, inbox, began)
-            self.server.worker.submit(job)
-        except Exception as error:
-            return _refusal(as_api_error(error))
+            try:
+                self._submit(functools.partial(self._answer, asked, video, inbox, began))
+            except Exception as error:
+                raise Refused(429, "too many questions are waiting; try again") from error
+        except Refused as error:
+            return error.response()
         return StreamingResponse(
             inbox.lines(request), media_type="application/x-ndjson", headers=HEADERS
         )
@@ -115,7 +159,7 @@ class Viewer:
         """The story that was chosen, or the clip in the request's body."""
         if asked.story is not None:
             return await asyncio.to_thread(story_video, asked.story, asked.frames)
-        too_large = ApiError(413, f"the clip is larger than {self.max_bytes >> 20} MiB")
+        too_large = Refused(413, f"the clip is larger than {self.max_bytes >> 20} MiB")
         if int(request.headers.get("content-length", 0)) > self.max_bytes:
             raise too_large
         data = bytearray()
@@ -124,40 +168,46 @@ class Viewer:
             if len(data) > self.max_bytes:
                 raise too_large
         if not data:
-            raise ApiError(400, "there is no clip: the request's body is empty")
+            raise Refused(400, "there is no clip: the request's body is empty")
         return await asyncio.to_thread(clip_video, bytes(data), asked)
 
-    def _job(self, asked: Asked, video: Video, inbox: _Inbox, began: float) -> Job:
-        """What the server's worker does for one question; it ends when nobody reads any more."""
-        parts = [{"type": "video"}, {"type": "text", "text": asked.question}]
-        turns = [{"role": "user", "content": parts}]
-        row = Row(asked.words, cancelled=inbox.left.is_set)
+    def _answer(self, asked: Asked, video: Video, inbox: _Inbox, began: float) -> None:
+        """In the thread that generates: ask, and send what happens."""
 
-        def step(event: Event) -> None:
-            own = {"truth": asked.truth} if event["event"] == "start" else {}
-            inbox.put(event | own)
+        def emit(event: Event) -> None:
+            if inbox.left.is_set():
+                raise _Left
+            if event["event"] == "start":
+                event["truth"] = asked.truth
+                event["method"] = asked.name
+            inbox.put(event)
 
-        def told(what: tuple[Any, ...]) -> None:
-            if what[0] == "done":
-                inbox.put(_done(what[1]))
-            elif what[0] == "error":
-                inbox.put({"event": "error", "message": str(what[1])})
-            if what[0] in ("done", "error"):
-                inbox.put(None)
-
-        return Job(
-            turns=turns,
-            videos=[video],
-            images=[],
-            inputs=self.server.inputs(turns, [video], [], asked.words),
-            compressor=asked.method,
-            generate={},
-            seed=None,
-            row=row,
-            emit=told,
-            watch=self.server.watch([video], row, step),
-            video_s=time.perf_counter() - began,
-        )
+        tokenizer = self.assistant.processor.tokenizer
+        decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+        steps = Steps(video, decode, emit)
+        try:
+            if inbox.left.is_set():  # while it waited
+                return
+            answer = self.assistant.ask(
+                video, asked.question, asked.method, max_new_tokens=asked.words, on_step=steps
+            )
+            last = tokenizer.convert_tokens_to_ids(answer.tokens[-1]) if answer.tokens else None
+            steps.finish(last)
+            assert answer.report is not None
+            took = time.perf_counter() - began
+            timings = answer.timings.to_dict() | {"total_s": took}
+            report = answer.report.to_dict()
+            if not answer.report.samples:
+                raise UnsupportedError(answer.report.reason or "there is no video in the prompt")
+            emit({"event": "done", "text": answer.text, "report": report, "timings": timings})
+        except _Left:
+            pass
+        except (UnsupportedError, ValueError) as error:
+            inbox.put({"event": "error", "message": str(error)})
+        except Exception as error:
+            inbox.put({"event": "error", "message": f"{type(error).__name__}: {error}"})
+        finally:
+            inbox.put(None)
 
 
 class Asked:
@@ -176,9 +226,9 @@ class Asked:
     def __init__(self, values: Any, frames: int) -> None:
         self.question: str = values.get("question", "").strip()
         if not self.question:
-            raise ApiError(400, "there is no question")
+            raise Refused(400, "there is no question")
         if len(self.question) > LONGEST_QUESTION:
-            raise ApiError(400, f"the question is longer than {LONGEST_QUESTION} characters")
+            raise Refused(400, f"the question is longer than {LONGEST_QUESTION} characters")
         self.file: str = Path(values.get("name") or "the clip").name[:80]
         self.frames = _count(values, "frames", frames, MOST_FRAMES)
         self.words = _count(values, "words", 128, MOST_WORDS)
@@ -190,7 +240,7 @@ class Asked:
 
     @classmethod
     def of(cls, values: Any, frames: int) -> Asked:
-        """From a request's query; raises `ApiError`."""
+        """From a request's query; raises `Refused`."""
         return cls(values, frames)
 
     @property
@@ -225,24 +275,6 @@ class _Inbox:
             self.left.set()
 
 
-def _done(answer: Answer) -> Event:
-    """The end of an answer, with its report and times."""
-    report = answer.report
-    if report is None or not report.samples:
-        why = "nothing was watched" if report is None else report.reason
-        return {"event": "error", "message": why or "there is no video in the prompt"}
-    return {
-        "event": "done",
-        "text": answer.text,
-        "report": report.to_dict(),
-        "timings": answer.timings.to_dict(),
-    }
-
-
-def _refusal(error: ApiError) -> Response:
-    return JSONResponse(error.body, error.status, HEADERS)
-
-
 def _file(name: str, kind: str, request: Request) -> Response:
     content = resources.files("dycoke.serve").joinpath("static", name).read_bytes()
     return Response(content, headers={**HEADERS, "content-type": kind})
@@ -252,13 +284,13 @@ def _same_origin(request: Request) -> None:
     """Refuse what another site's page sends: its visitors' browsers could reach this one."""
     origin = request.headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-        raise ApiError(403, f"a page of {origin} may not ask here")
+        raise Refused(403, f"a page of {origin} may not ask here")
 
 
 def _count(values: Any, name: str, default: int, most: int, least: int = 1) -> int:
     text = values.get(name) or str(default)
     if not text.isascii() or not text.isdecimal() or not least <= int(text) <= most:
-        raise ApiError(400, f"{name} must be a number from {least} to {most}, got {text[:40]!r}")
+        raise Refused(400, f"{name} must be a number from {least} to {most}, got {text[:40]!r}")
     return int(text)
 
 
@@ -268,23 +300,23 @@ def _method(name: str, settings: str | None) -> Compressor:
         if not isinstance(given, dict):
             raise TypeError(f"settings must be an object, got {settings!r}")
         if name == "full":
-            return UNTOUCHED
+            return DyCoke(merge_ratio=0, prune_ratio=0)
         method = create(name)
         assert method is not None
         return method if not given else type(method).from_dict({**method.to_dict(), **given})
     except (TypeError, ValueError) as error:
-        raise ApiError(400, str(error)) from None
+        raise Refused(400, str(error)) from None
 
 
 def clip_video(data: bytes, asked: Asked) -> Video:
-    """The frames of an uploaded file; raises `ApiError` in its own name."""
+    """The frames of an uploaded file; raises `Refused` in its own name."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip"
         path.write_bytes(data)
         try:
             return read(path, asked.frames)
         except VideoError as error:
-            raise ApiError(422, str(error).replace(str(path), asked.file)) from None
+            raise Refused(422, str(error).replace(str(path), asked.file)) from None
 
 
 @functools.lru_cache(maxsize=8)
