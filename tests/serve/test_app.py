@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 import time
@@ -282,6 +283,10 @@ def test_steps_come_with_the_words(ask: Any, nano: Assistant, clip: Callable[[in
         ask(messages=[{"role": "user", "content": two}], extra_body={"dycoke": {"steps": True}})
 
 
+def _wait(gate: threading.Event) -> None:
+    gate.wait(30)
+
+
 def test_a_row_that_is_complete_hears_no_more_of_its_batch(ask: Any, server: Server) -> None:
     gate, limits = threading.Event(), (3, 9)
 
@@ -291,7 +296,7 @@ def test_a_row_that_is_complete_hears_no_more_of_its_batch(ask: Any, server: Ser
         return [event["text"] for event in told if event.get("event") == "word"]
 
     alone = [words(limit) for limit in limits]
-    server.worker.submit(lambda: gate.wait(30))  # while it runs, both wait
+    server.worker.submit(functools.partial(_wait, gate))  # while it runs, both wait
     with ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(words, limit) for limit in limits]
         while server.worker.waiting < 2:
