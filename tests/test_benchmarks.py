@@ -59,7 +59,7 @@ def test_all_scripts_are_run_here() -> None:
         "memory",
         "nano_merging",
     }
-    assert run | {"decode_walk", "host_overhead"} == SCRIPTS
+    assert run | {"decode_walk", "host_overhead", "viewer_images"} == SCRIPTS
 
 
 def test_decode_walk(script: Script) -> None:

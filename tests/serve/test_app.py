@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -279,6 +281,30 @@ def test_steps_come_with_the_words(ask: Any, nano: Assistant, clip: Callable[[in
     two = [part for _ in range(2) for part in ask_about(data_url(clip(301)), "x")[0]["content"]]
     with pytest.raises(openai.BadRequestError, match="steps are of one video, got 2"):
         ask(messages=[{"role": "user", "content": two}], extra_body={"dycoke": {"steps": True}})
+
+
+def _wait(gate: threading.Event) -> None:
+    gate.wait(30)
+
+
+def test_a_row_that_is_complete_hears_no_more_of_its_batch(ask: Any, server: Server) -> None:
+    gate, limits = threading.Event(), (3, 9)
+
+    def words(limit: int) -> list[str]:
+        chunks = ask(stream=True, max_tokens=limit, extra_body={"dycoke": {"steps": True}})
+        told: list[dict[str, Any]] = [getattr(chunk, "dycoke", None) or {} for chunk in chunks]
+        return [event["text"] for event in told if event.get("event") == "word"]
+
+    alone = [words(limit) for limit in limits]
+    server.worker.submit(functools.partial(_wait, gate))  # while it runs, both wait
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(words, limit) for limit in limits]
+        while server.worker.waiting < 2:
+            time.sleep(0.01)
+        gate.set()
+    assert server.worker.batches[-1] == 2
+    assert [answer.result() for answer in answers] == alone
+    assert [len(one) for one in alone] == list(limits)
 
 
 def test_the_page_asks_through_the_same_queue(nano: Assistant) -> None:

@@ -104,10 +104,14 @@ def decode(ids: Any) -> str:
     return "".join(WORDS[i] for i in ids).replace("\ufffd", "é" if 4 in ids else "\ufffd")
 
 
-def step_of(generation: int, ids: list[list[int]], rows: list[SampleStep]) -> Any:
+def step_of(index: int, generation: int, ids: list[list[int]], rows: list[SampleStep]) -> Any:
     masks = VideoMasks(torch.ones(4, 2, dtype=torch.bool), None, (1, 2))
     return SimpleNamespace(
-        generation=generation, ids=torch.tensor(ids), samples=rows, videos=[[masks]] * len(rows)
+        index=index,
+        generation=generation,
+        ids=torch.tensor(ids),
+        samples=rows,
+        videos=[[masks]] * len(rows),
     )
 
 
@@ -119,8 +123,8 @@ def test_words_go_with_the_forward_that_wrote_them(row: int) -> None:
     for i, ids in enumerate(fed):
         other = [7] * len(ids)
         rows = [row_of([i], []), row_of([7 - i], [])]
-        steps(step_of(5, [ids, other] if row == 0 else [other, ids], rows))
-        steps(step_of(6, [[7], [7]], rows))  # another generation, inside this one
+        steps(step_of(i, 5, [ids, other] if row == 0 else [other, ids], rows))
+        steps(step_of(i, 6, [[7], [7]], rows))  # another generation, inside this one
         assert len(events) == 1 + i
     steps.finish(5)
     assert [event["event"] for event in events] == ["start"] + ["word"] * 5
@@ -135,6 +139,18 @@ def test_an_answer_without_a_word() -> None:
     events: list[Event] = []
     steps = Steps(clip(), decode, events.append)
     steps.finish(1)  # nothing was heard: there is nothing that it could belong to
-    steps(step_of(5, [[9]], [row_of([], [])]))
+    steps(step_of(0, 5, [[9]], [row_of([], [])]))
     steps.finish(None)
     assert [event["event"] for event in events] == ["start"]
+
+
+def test_a_row_that_is_complete_hears_no_more_of_its_batch() -> None:
+    events: list[Event] = []
+    done: list[bool] = []
+    steps = Steps(clip(), decode, events.append, ended=lambda: bool(done))
+    for i, fed in enumerate(([9], [1], [5], [0], [0])):
+        if fed == [5]:
+            done.append(True)
+        steps(step_of(i, 5, [fed], [row_of([i], [])]))
+    steps.finish(5)
+    assert [event.get("text") for event in events] == [None, "a", " star"]

@@ -239,6 +239,7 @@ class Server:
         if limit > most:
             raise ApiError(400, f"max_tokens must be at most {most}, got {limit}", "max_tokens")
         self._check_length(inputs["input_ids"].shape[1], limit)
+        row = Row(limit, asked.stop, cancelled=cancelled)
         return Job(
             turns=asked.turns,
             videos=videos,
@@ -247,13 +248,13 @@ class Server:
             compressor=compressor,
             generate=asked.sampling,
             seed=asked.seed if asked.sampling.get("do_sample") else None,
-            row=Row(limit, asked.stop, cancelled=cancelled),
+            row=row,
             emit=emit,
-            watch=self._watch(videos, emit) if asked.steps else None,
+            watch=self._watch(videos, row, emit) if asked.steps else None,
             before=(decoded - began, time.perf_counter() - decoded),
         )
 
-    def _watch(self, videos: Sequence[Video], emit: Emit) -> Callable[[int], Watcher]:
+    def _watch(self, videos: Sequence[Video], row: Row, emit: Emit) -> Callable[[int], Watcher]:
         """Listeners that tell what each token looked at, as the page has it."""
         if len(videos) != 1:
             raise ApiError(400, f"dycoke: steps are of one video, got {len(videos)}", "dycoke")
@@ -264,7 +265,7 @@ class Server:
         def tell(what: Event) -> None:
             emit(("step", what))
 
-        return lambda row: Steps(videos[0], decode, tell, row=row)
+        return lambda place: Steps(videos[0], decode, tell, row=place, ended=lambda: row.done)
 
     def _check_length(self, prompt: int, new: int) -> None:
         config = self.assistant.model.config.get_text_config()

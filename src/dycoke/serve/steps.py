@@ -108,6 +108,7 @@ class Steps:
     emit : takes the events, in the thread of generate.
     attention : whether words bring their attention.
     row : which row of the batch the answer is.
+    ended : asked after a word whether the answer is complete; the rest of a batch may go on.
     """
 
     def __init__(
@@ -117,9 +118,10 @@ class Steps:
         emit: Callable[[Event], None],
         attention: bool = True,
         row: int = 0,
+        ended: Callable[[], bool] = lambda: False,
     ) -> None:
         self._video, self._decode, self._emit = video, decode, emit
-        self._attention, self._row = attention, row
+        self._attention, self._row, self._ended = attention, row, ended
         self._generation: int | None = None
         self._waiting: SampleStep | None = None
         self._ids: list[int] = []
@@ -131,25 +133,27 @@ class Steps:
             self._generation = step.generation
         elif step.generation != self._generation:
             return  # one that runs inside this one, as guidance does
-        if self._waiting is None:
+        if step.index == 0:
             self._emit(start_event(self._video, step.videos[self._row][0]))
+        elif self._waiting is None:
+            return  # the answer is complete
         elif step.ids is not None:
-            self._word(int(step.ids[self._row, -1]))
-        self._waiting = step.samples[self._row]
+            self._word(self._waiting, int(step.ids[self._row, -1]))
+        self._waiting = None if step.index and self._ended() else step.samples[self._row]
 
     def finish(self, last: int | None) -> None:
-        """Tell the last word, ``last`` its id; None where nothing was generated."""
+        """Tell the last word, ``last`` its id, if it is not told; None where there is none."""
         if last is not None and self._waiting is not None:
-            self._word(last)
+            self._word(self._waiting, last)
+        self._waiting = None
 
-    def _word(self, token: int) -> None:
-        assert self._waiting is not None
+    def _word(self, row: SampleStep, token: int) -> None:
         self._ids.append(token)
         text = self._decode(self._ids)
         if text.endswith(UNFINISHED):
             new = ""  # the next token completes it
         else:
             new, self._told = text[len(self._told) :], text
-        event = word_event(len(self._ids) - 1, new, self._waiting, self._attention)
+        event = word_event(len(self._ids) - 1, new, row, self._attention)
         event["seconds"] = round(time.perf_counter() - self._began, 4)
         self._emit(event)
