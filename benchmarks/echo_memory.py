@@ -56,7 +56,7 @@ def build(width: int) -> Any:
     }
     tokens = {"image_token_index": 500, "video_token_index": VIDEO_TOKEN}
     config = {"text_config": text, "vision_config": vision, **tokens}
-    return Arch("narrow", "llava_onevision", config, {}).build("cpu").float()
+    return Arch("narrow", "llava_onevision", config, {}).build("cpu", torch.float32)
 
 
 def peak() -> float:

@@ -50,6 +50,16 @@ def float64() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def plain_processor() -> Iterator[None]:
+    """Whatever the processor can do, models are float32 where nothing is said."""
+    from dycoke import precision
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "instructions", frozenset)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def declared(monkeypatch: pytest.MonkeyPatch) -> None:
     """The matrix means videos: where a family's frames are images, they are declared so.

@@ -15,7 +15,7 @@ from transformers import Qwen3VLProcessor
 from transformers.video_utils import VideoMetadata
 
 from dycoke import DyCoke, Step, UnsupportedError
-from dycoke.assistant import Assistant, best_dtype, metadata_of
+from dycoke.assistant import Assistant, metadata_of
 from dycoke.video import Video, VideoError, read
 
 FRAMES = 20
@@ -112,6 +112,22 @@ def test_steps_of_questions_on_a_watched_video(family: str, load: Any, clip: Pat
     seen = assistant.watch(video, DyCoke(), on_step=every.append)
     seen.ask("what", max_new_tokens=2)
     assert [step.index for step in every] == [0, 0, 1]
+
+
+def test_cells_that_the_encoder_leaves_out(load: Any, clip: Path) -> None:
+    """Chunks of frames, which `ask` and `watch` make by themselves, are whole windows then."""
+    assistant, method = load("llava_onevision"), DyCoke(skip_ratio=0.5)
+    expected = assistant.ask(clip, "what", method, frames=9, encode_frames=9, max_new_tokens=4)
+    assert expected.report is not None
+    video = expected.report.samples[0].videos[0]
+    assert video.encoded_tokens < video.visual_tokens
+    for encode_frames in ("auto", 4):
+        answer = assistant.ask(
+            clip, "what", method, frames=9, encode_frames=encode_frames, max_new_tokens=4
+        )
+        assert (answer.tokens, answer.report) == (expected.tokens, expected.report)
+        seen = assistant.watch(clip, method, frames=9, encode_frames=encode_frames)
+        assert seen.ask("what", max_new_tokens=4).tokens == expected.tokens
 
 
 @every
@@ -275,8 +291,6 @@ def test_frames_that_a_processor_refuses(load: Any, clip: Path, monkeypatch: Any
 
 
 def test_devices_and_dtypes() -> None:
-    assert best_dtype("cpu") == torch.float32
-    assert best_dtype("mps") == torch.float16
     assert Assistant.load(dtype="bfloat16", device="cpu").model.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="unknown dtype 'float99'"):
         Assistant.load(dtype="float99", device="cpu")

@@ -53,6 +53,7 @@ def test_all_scripts_are_run_here() -> None:
         "encoder_accuracy",
         "encoder_memory",
         "encoder_motion",
+        "encoder_speed",
         "lmms_storyqa",
         "many_questions",
         "memory",
@@ -95,6 +96,23 @@ def test_encoder_memory(script: Script) -> None:
     (line,) = result["lines"]
     assert (line["family"], line["patches"]) == ("smolvlm", 1024)
     assert line["ratio"] > 1 and line["counted_mib"] > 0
+
+
+def test_encoder_speed(script: Script) -> None:
+    result = last(
+        script("encoder_speed", "--layers", 1, "--size", 56, "--frames", 4, "--repeat", 1,
+               "--ratios", 0.5, 0.7)
+    )  # fmt: skip
+    assert (result["frames"], result["layers"], result["dtype"]) == (4, 1, "float32")
+    whole, *skipping = result["lines"]
+    assert (whole["skip_ratio"], whole["computed"], whole["wall_s_ratio"]) == (0, 1, 1)
+    # An anchor of 4 tokens, and 3 frames with 2 or 1 of them, and what shares patches with these.
+    assert [line["skip_ratio"] for line in skipping] == [0.5, 0.7]
+    assert 1 > skipping[0]["computed"] >= 10 / 16 and skipping[1]["computed"] >= 7 / 16
+    for line in skipping:
+        assert line["wall_s_ratio"] == pytest.approx(
+            whole["wall_s"][0] / line["wall_s"][0], rel=0.1
+        )
 
 
 def test_many_questions(script: Script, tmp_path: Path) -> None:

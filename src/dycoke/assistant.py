@@ -23,6 +23,7 @@ from dycoke.core.records import held_bytes
 from dycoke.core.steps import OnStep, Trace
 from dycoke.errors import UnsupportedError
 from dycoke.models.locate import frame_source_of, processor_options
+from dycoke.precision import choose_format
 from dycoke.report import Report
 from dycoke.timing import Stopwatch, Timings
 from dycoke.video import Video, read
@@ -67,14 +68,6 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def best_dtype(device: str) -> torch.dtype:
-    """bfloat16 on CUDA (float16 on GPUs without it), float16 on MPS, float32 on the CPU."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.float16 if kind == "mps" else torch.float32
 
 
 def metadata_of(video: Video) -> VideoMetadata:
@@ -124,23 +117,21 @@ class Assistant:
         ----------
         source : directory or hub id; None for the embedded nano model.
         device : such as "cuda:1"; None for `best_device`.
-        dtype : a torch dtype or its name; None for `best_dtype`.
+        dtype : a torch dtype or its name; None for the one in which the device computes fastest,
+            and float32 for the nano model on a CPU (`dycoke.precision.choose_format`).
         attention : such as "flash_attention_2"; None for transformers' choice.
 
         Raises
         ------
         OSError, ValueError
-            From transformers, where there is no such checkpoint or it is not an image-text one.
+            From transformers, where there is no such checkpoint or it is not an image-text one;
+            for an unknown dtype.
         """
         source = nano.path() if source is None else source
         device = device or best_device()
-        if isinstance(dtype, str):
-            named = getattr(torch, dtype, None)
-            if not isinstance(named, torch.dtype):
-                raise ValueError(f"unknown dtype {dtype!r}; try bfloat16, float16 or float32")
-            dtype = named
+        dtype = choose_format(device, dtype, nano.is_at(source)).dtype
         model = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype or best_dtype(device), attn_implementation=attention
+            source, dtype=dtype, attn_implementation=attention
         )
         return cls(model.to(device).eval(), AutoProcessor.from_pretrained(source))
 
@@ -231,11 +222,13 @@ class Assistant:
         began = time.perf_counter()
         if not isinstance(video, Video):
             video = read(video, frames)
+        decoded = time.perf_counter()
         inputs = self.prepare(video, question)
-        video_s = time.perf_counter() - began
+        before = decoded - began, time.perf_counter() - decoded
         generate |= {"max_new_tokens": max_new_tokens}
-        with encode_in_chunks(self.model, encode_frames):
-            return self._answer(inputs, video_s, compressor, on_text, trace, on_step, generate)
+        return self._answer(
+            inputs, before, compressor, on_text, trace, on_step, encode_frames, generate
+        )
 
     def watch(
         self,
@@ -261,8 +254,7 @@ class Assistant:
         began = time.perf_counter()
         if not isinstance(video, Video):
             video = read(video, frames)
-        with encode_in_chunks(self.model, encode_frames):
-            return Seen(self, video, compressor, trace, on_step, began)
+        return Seen(self, video, compressor, trace, on_step, encode_frames, began)
 
     def _refused(self, video: Video, error: ValueError) -> str:
         """What to say where the processor did not take the frames."""
@@ -278,23 +270,26 @@ class Assistant:
     def _answer(
         self,
         inputs: dict[str, Any],
-        video_s: float,
+        before: tuple[float, float],
         compressor: Compressor | None,
         on_text: Callable[[str], None] | None,
         trace: bool,
         on_step: OnStep | None,
+        encode_frames: int | str,
         generate: dict[str, Any],
     ) -> Answer:
+        """``before``: seconds of decoding and of the processor."""
         watch = Stopwatch(self.model)
         if not generate.get("do_sample"):
             generate = GREEDY | generate
         streamer = _Streamer(self.processor.tokenizer, on_text) if on_text else None
         # Whatever the processor makes of the frames, they are those of one video.
         source = frame_source_of(self.model.config)
-        with watch.compressing(compressor, trace, source, on_step) as run:
+        compressing = watch.compressing(compressor, trace, source, on_step)
+        # Chunks inside the block: where the encoder leaves cells out, they are whole windows.
+        with compressing as run, encode_in_chunks(self.model, encode_frames):
             output = self.model.generate(**inputs, streamer=streamer, **generate)
-        watch.timings.video_s = video_s
-        watch.timings.total_s += video_s
+        watch.timings.add_video(*before)
         new = output[0, inputs["input_ids"].shape[1] :]
         tokenizer, ends = self.processor.tokenizer, self.model.generation_config.eos_token_id
         ended = new.numel() > 0 and int(new[-1]) in (ends if isinstance(ends, list) else [ends])
@@ -327,8 +322,10 @@ class Seen:
         compressor: Compressor | None,
         trace: bool,
         on_step: OnStep | None,
+        encode_frames: int | str,
         began: float,
     ) -> None:
+        decoded = time.perf_counter()
         self._assistant, self._video = assistant, video
         self._content = content_of(video)
         self._compressor, self._trace, self._on_step = compressor, trace, on_step
@@ -349,7 +346,7 @@ class Seen:
             k: v[:, :shared] if getattr(v, "shape", None) == ids.shape else v
             for k, v in inputs.items()
         }
-        video_s = time.perf_counter() - began
+        processed = time.perf_counter()
 
         model = assistant.model
         stopwatch, frame_source = Stopwatch(model), frame_source_of(model.config)
@@ -359,7 +356,8 @@ class Seen:
         )
         try:
             watching = stopwatch.compressing(compressor, trace, frame_source, on_step)
-            with watching as run, torch.no_grad():
+            chunks = encode_in_chunks(model, encode_frames)
+            with watching as run, chunks, torch.no_grad():
                 self._cache = cache_of(model(**prefix, use_cache=True, logits_to_keep=1))
         finally:
             hook.remove()
@@ -370,8 +368,7 @@ class Seen:
             self._offset = offset_after(given.get("position_ids"), None, given["inputs_embeds"])
         self.report: Report | None = None if run is None else run.report
         self.timings: Timings = stopwatch.timings
-        self.timings.video_s = video_s
-        self.timings.total_s += video_s
+        self.timings.add_video(decoded - began, processed - decoded)
 
     def _check(
         self, video: str | os.PathLike[str] | Video | None, generate: dict[str, Any]
@@ -474,15 +471,16 @@ class Seen:
         began = time.perf_counter()
         self._check(video, generate)
         inputs = self.inputs(question)
-        video_s = time.perf_counter() - began
+        before = 0.0, time.perf_counter() - began
         generate |= {"max_new_tokens": max_new_tokens}
         return self._assistant._answer(
             inputs,
-            video_s,
+            before,
             self._compressor,
             on_text,
             self._trace,
             on_step or self._on_step,
+            AUTO,
             generate,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -163,7 +162,7 @@ def answer_rows(
     *,
     on_step: OnStep | None = None,
     frame_source: FrameSource | None = None,
-    video_s: float = 0.0,
+    before: tuple[float, float] = (0.0, 0.0),
     encode_frames: int | str = AUTO,
     **generate: Any,
 ) -> list[Answer]:
@@ -176,7 +175,7 @@ def answer_rows(
     rows : one for each row of the inputs.
     compressor, on_step, encode_frames : as in `Assistant.ask`.
     frame_source : as in `Compressor.__call__`; None for the family's own.
-    video_s : seconds that making the inputs took, for the timings.
+    before : seconds of decoding and of the processor, for the timings.
     generate : further arguments of the model's ``generate``, greedy unless they say otherwise.
 
     Returns
@@ -193,24 +192,23 @@ def answer_rows(
         generate = GREEDY | generate
     watch = Stopwatch(model)
     source = frame_source if frame_source is not None else frame_source_of(model.config)
-    began = time.perf_counter()
-    with encode_in_chunks(model, encode_frames):
-        with watch.compressing(compressor, False, source, on_step) as run:
-            model.generate(
-                **inputs,
-                **generate,
-                max_new_tokens=max(row.max_new_tokens for row in rows),
-                stopping_criteria=[_Rows(rows, tokenizer, _ends(model), run)],
-                **({} if "pad_token_id" in generate else {"pad_token_id": pad_of(assistant)}),
-            )
-    timings = watch.timings
-    timings.video_s, timings.total_s = video_s, video_s + time.perf_counter() - began
+    compressing = watch.compressing(compressor, False, source, on_step)
+    # Chunks inside the block: where the encoder leaves cells out, they are whole windows.
+    with compressing as run, encode_in_chunks(model, encode_frames):
+        model.generate(
+            **inputs,
+            **generate,
+            max_new_tokens=max(row.max_new_tokens for row in rows),
+            stopping_criteria=[_Rows(rows, tokenizer, _ends(model), run)],
+            **({} if "pad_token_id" in generate else {"pad_token_id": pad_of(assistant)}),
+        )
+    watch.timings.add_video(*before)
     return [
         Answer(
             text=row.text,
             tokens=tuple(tokenizer.convert_ids_to_tokens(row.ids)),
             report=row.report,
-            timings=timings,
+            timings=watch.timings,
             finish_reason=row.finish_reason or "stop",
         )
         for row in rows

@@ -23,7 +23,9 @@ class Timings:
 
     Attributes
     ----------
-    video_s : from the file to the processor's tensors.
+    decode_s : from the file to the sampled frames; 0 where frames were given.
+    process_s : from the frames to the processor's tensors.
+    video_s : both.
     vision_s : the vision encoder and projector.
     compress_s : finding and merging the visual tokens, and the vision encoder's scores and keys
         where a method asks for them. What a method drops inside the LLM is part of the prefill.
@@ -33,6 +35,8 @@ class Timings:
     total_s : everything, from the file to the last token.
     """
 
+    decode_s: float = 0.0
+    process_s: float = 0.0
     video_s: float = 0.0
     vision_s: float = 0.0
     compress_s: float = 0.0
@@ -40,6 +44,13 @@ class Timings:
     ttft_s: float = 0.0
     per_token_s: float = 0.0
     total_s: float = 0.0
+
+    def add_video(self, decode_s: float = 0.0, process_s: float = 0.0) -> None:
+        """Count what came before generate."""
+        self.decode_s += decode_s
+        self.process_s += process_s
+        self.video_s += decode_s + process_s
+        self.total_s += decode_s + process_s
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
@@ -64,13 +75,6 @@ class Stopwatch:
         elif device.type == "mps":
             torch.mps.synchronize()
         return time.perf_counter()
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Time the way from the file to the model's inputs."""
-        began = self.now()
-        yield
-        self.timings.video_s = self.now() - began
 
     @contextmanager
     def compressing(
@@ -160,4 +164,4 @@ class Stopwatch:
         t = self.timings
         t.ttft_s = t.vision_s + t.compress_s + t.prefill_s
         t.per_token_s = (self._last - self._prefilled) / self._steps if self._steps else 0.0
-        t.total_s = t.video_s + generate_s
+        t.total_s += generate_s

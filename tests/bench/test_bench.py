@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
-from dycoke import DyCoke, costs, methods
+from dycoke import DyCoke, costs, methods, precision
 from dycoke.bench import peak, plan, results, show, speed
 from dycoke.bench.arch import ARCHS, Arch, _text
 from dycoke.compressor import Compressor
@@ -99,6 +100,8 @@ QWEN = Arch(
     },
 )
 TIMINGS = [
+    "decode_s",
+    "process_s",
     "video_s",
     "vision_s",
     "compress_s",
@@ -183,8 +186,8 @@ def test_counts_and_bytes_are_those_of_the_run(clip: str) -> None:
     assert (full["kept_tokens"], full["active_tokens"]) == (visual, visual)
     assert (ours["kept_tokens"], ours["active_tokens"]) == (kept, active)
     # 2 samples; 30 tokens of text, a newline, and all new ones but the last; keys and values in
-    # bfloat16, of 2 heads 8 wide.
-    row = 2 * 2 * 2 * 8 * 2
+    # float32, of 2 heads 8 wide.
+    row = 2 * 2 * 2 * 8 * 4
     assert full["kv_bytes"] == LAYERS * (visual + 31 + NEW - 1) * row
     assert LAYERS * (kept + 31 + NEW - 1) * row <= ours["kv_bytes"]
     assert ours["kv_bytes"] <= LAYERS * (kept + 31 + 64) * row
@@ -233,12 +236,52 @@ def test_scores_of_the_vision_encoder_are_compression(clip: str, monkeypatch: An
 
 @pytest.mark.parametrize("arch", [NEXT, QWEN], ids=lambda arch: arch.name)
 def test_every_family_runs_from_pixels(clip: str, arch: Arch) -> None:
-    bench = speed.Bench(planned("full", "dycoke", arch=arch, repeat=1, batch=2, frames=8))
+    plan = planned("full", "dycoke", arch=arch, repeat=1, batch=2, frames=8, dtype="bfloat16")
+    bench = speed.Bench(plan)
     assert bench.model.dtype == torch.bfloat16
     samples = bench.measure(clip)
     report = samples["dycoke"][0].report
     assert report is not None and report.engaged
     assert [s.visual_tokens for s in report.samples] == [samples["full"][0].visual_tokens] * 2
+
+
+def test_a_plans_number_format_follows_the_processor(monkeypatch: Any) -> None:
+    monkeypatch.setattr(precision, "instructions", lambda: frozenset({"avx512_bf16"}))
+    chosen = [
+        planned("full", **how).number_format.dtype
+        for how in (
+            {},
+            {"dtype": "float32"},
+            {"arch": None},
+            {"arch": None, "model": "some/hub-id"},
+        )
+    ]
+    assert chosen == [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
+    assert speed.Bench(planned("full")).model.dtype == torch.bfloat16
+
+
+def test_settings_are_measured_beside_the_methods_without_them(clip: str, peaks: Any) -> None:
+    given = {"skip_ratio": 0.6, "skip_layer": 1}
+    names = ("full", "dycoke", "fastv", "dycoke+")
+    made = planned(*names, settings=given, repeat=1, retention=None)
+    head, rows = results.measure(made, clip)
+    lines = ["full", "dycoke", "dycoke skip 0.6 at 1", "fastv", "dycoke+", "dycoke+ skip 0.6 at 1"]
+    assert [row["method"] for row in rows] == lines == list(made.lines()) == peaks
+    by_name = {row["method"]: row for row in rows}
+    for name in ("dycoke", "dycoke+"):
+        plain, skipping = (by_name[n] for n in (name, f"{name} skip 0.6 at 1"))
+        assert {**plain["settings"], **given} == skipping["settings"]
+        assert plain["encoded_tokens"] == plain["visual_tokens"] == FRAMES * TOKENS
+        # Of a frame that is no anchor int(.4 x 9) = 3 tokens are computed, behind a cut all 9.
+        more, left_out = divmod(skipping["encoded_tokens"] - (3 * TOKENS + 6 * 3), TOKENS - 3)
+        assert 0 <= more < 6 and not left_out
+        assert skipping["kept_tokens"] == plain["kept_tokens"]
+    screen = Console(width=80, file=io.StringIO())
+    for table in show.speed_tables(head, rows):
+        assert set(lines) <= set(table.columns[0].cells)
+        screen.print(table)
+    printed = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in printed and "skip 0.6" in printed and "process" in printed
 
 
 def test_medians_least_and_most() -> None:
@@ -247,7 +290,7 @@ def test_medians_least_and_most() -> None:
     samples = {
         name: [
             speed.Sample(
-                speed.Timings(1, 2, 0, 4, ttft_s=6, per_token_s=t, total_s=10 * t),
+                speed.Timings(0.5, 0.5, 1, 2, 0, 4, ttft_s=6, per_token_s=t, total_s=10 * t),
                 kv_bytes=100 * factor, peak_bytes=10 * int(t), report=report,
                 frames=1, visual_tokens=9, prompt_tokens=40,
             )
@@ -270,11 +313,12 @@ def test_medians_least_and_most() -> None:
 
 
 def test_stacked_bars_show_the_stages() -> None:
-    stages = dict(zip(TIMINGS, (1.0, 2.0, 0.5, 3.0, 5.5, 0.1, 10.0), strict=True))
+    stages = dict(zip(TIMINGS, (0.75, 0.25, 1.0, 2.0, 0.5, 3.0, 5.5, 0.1, 10.0), strict=True))
     row = {"method": "a", "stages": stages, "stages_min": stages, "stages_max": stages}
     row |= {"vs_full": None}
     assert show.parts(row) == {
-        "video": 1.0, "vision encoder": 2.0, "compression": 0.5, "prefill": 3.0, "decoding": 3.5,
+        "video": 0.75, "processor": 0.25, "vision encoder": 2.0, "compression": 0.5,
+        "prefill": 3.0, "decoding": 3.5,
     }  # fmt: skip
     half = {key: value / 2 for key, value in stages.items()}
     short = {**row, "method": "b", "stages": half, "stages_min": half, "stages_max": half}
@@ -324,12 +368,13 @@ def test_the_command(run: Any, clip: str, tmp_path: Path, peaks: list[str]) -> N
 
 
 def test_the_embedded_model_and_a_rendered_story(run: Any, tmp_path: Path) -> None:
-    code, out, _ = run("bench", "--frames", 30, "--new-tokens", 1, "--repeat", 1, "--no-peak",
+    code, out, err = run("bench", "--frames", 30, "--new-tokens", 1, "--repeat", 1, "--no-peak",
                        "--methods", "dycoke", "--device", "cpu",
                        "--picture", tmp_path / "b.png")  # fmt: skip
     assert code == 0
     content = json.loads(out.splitlines()[-1])
     assert (content["model"], content["frames"]) == ("nano", 30)
+    assert content["dtype"] == "float32" and "number format: float32 (the embedded model)" in err
     assert content["video"] == "a story rendered by dycoke.nano.stories"
     assert content["results"][0]["vs_full"] is content["results"][0]["peak_bytes"] is None
     assert content["results"][0]["stages"]["per_token_s"] == 0
@@ -342,6 +387,14 @@ def test_the_embedded_model_and_a_rendered_story(run: Any, tmp_path: Path) -> No
         (("--methods", "full,nothing"), "unknown method 'nothing'; there are full, dycoke, "),
         (("--methods", ","), "no method is named; there are full, dycoke, "),
         (("--device", "abacus"), "unknown device 'abacus'; there are cpu"),
+        (("--dtype", "float99"), "unknown dtype 'float99'; try bfloat16, float16, float32"),
+        (
+            ("--methods", "full,fastv", "--skip-ratio", "0.5"),
+            "skip_ratio: none of full, fastv has such settings",
+        ),
+        (("--skip-ratio", "0.9"), "skip_ratio=0.9 must not be above merge_ratio=0.7"),
+        (("--skip-ratio", "0.5", "--retention", "0.5"), "leaves out what merge_ratio drops"),
+        (("--echo", "2"), "echo must be in [0, 1], got 2"),
         (("--retention", "0"), "retention must be in (0, 1], got 0"),
         (("--retention", "30"), "retention must be in (0, 1], got 30; did you mean 0.3?"),
         (("--ratio", "0.3"), "--ratio is now --retention, the share of the visual tokens that"),

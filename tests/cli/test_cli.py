@@ -22,6 +22,8 @@ from dycoke.video import MAX_PIXELS
 VIDEOS = Path(__file__).parents[3] / "shared" / "videos"
 CLIPS = sorted(p.name for p in VIDEOS.glob("*.m*") if p.suffix != ".md")
 TIMINGS = [
+    "decode_s",
+    "process_s",
     "video_s",
     "vision_s",
     "compress_s",
@@ -393,10 +395,25 @@ def test_eval_counts_and_writes_json(run: Any, tmp_path: Path) -> None:
     assert code == 0
     assert "describe" in out and "most attended frame" in out
     content = json.loads(file.read_text())
-    assert list(content) == ["stories", "seed", "split", "results", "attention"]
+    assert list(content) == ["stories", "seed", "split", "dtype", "results", "attention"]
     assert [r["name"] for r in content["results"]] == ["full", "once K=0.5 P=0.7 L=3"]
     assert content["results"][1]["settings"]["refresh_threshold"] == 0
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_number_format_is_told_and_can_be_chosen(run: Any, tmp_path: Path, clip: Path) -> None:
+    short = ("run", clip, "--frames", 4, "--max-new-tokens", 1, "--json")
+    code, out, err = run(*short)
+    assert code == 0 and "number format: float32 (the embedded model)" in err
+    single = json.loads(out)["report"]["kv_bytes_full"]
+    code, out, err = run(*short, "--dtype", "bfloat16")
+    assert code == 0 and "number format: bfloat16 (as asked)" in err
+    assert json.loads(out)["report"]["kv_bytes_full"] * 2 == single
+    file = tmp_path / "scores.json"
+    code, _, err = run("eval", "--stories", 1, "--settings", "full", "--dtype", "bfloat16",
+                       "--json", file)  # fmt: skip
+    assert code == 0 and "number format: bfloat16 (as asked)" in err
+    assert json.loads(file.read_text())["dtype"] == "bfloat16"
 
 
 def test_eval_gives_one_result_per_setting_that_begins_so(run: Any, tmp_path: Path) -> None:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import FRAMES, listening
 
-uvicorn = pytest.importorskip("uvicorn", reason="dycoke[serve] is not installed")
+pytest.importorskip("uvicorn", reason="dycoke[serve] is not installed")
 
-from dycoke.assistant import Assistant  # noqa: E402
-from dycoke.methods import create  # noqa: E402
-from dycoke.nano import stories  # noqa: E402
-from dycoke.serve.app import Server, Settings  # noqa: E402
-from dycoke.serve.media import Policy  # noqa: E402
-
-FRAMES = 24
+from dycoke.assistant import Assistant
+from dycoke.methods import create
+from dycoke.nano import stories
+from dycoke.serve.app import Server, Settings
+from dycoke.serve.media import Policy
 
 
 @pytest.fixture(scope="session")
@@ -40,23 +35,6 @@ def clip(tmp_path_factory: Any) -> Callable[[int], Path]:
         return made[seed]
 
     return of
-
-
-@contextmanager
-def listening(server: Server) -> Iterator[str]:
-    """The address of a server while it listens; afterwards it is drained."""
-    config = uvicorn.Config(server.app, host="127.0.0.1", port=0, log_level="error")
-    socket = config.bind_socket()
-    running = uvicorn.Server(config)
-    thread = threading.Thread(target=running.run, args=([socket],), daemon=True)
-    thread.start()
-    while not running.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{socket.getsockname()[1]}"
-    finally:
-        running.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="session")
@@ -81,13 +59,3 @@ def server(nano: Assistant, folder: Path) -> Server:
 def address(server: Server) -> Iterator[str]:
     with listening(server) as url:
         yield url
-
-
-def data_url(file: Path) -> str:
-    return "data:video/mp4;base64," + base64.b64encode(file.read_bytes()).decode()
-
-
-def ask_about(url: str, question: str) -> list[dict[str, Any]]:
-    """Messages of one question about one video."""
-    video = {"type": "video_url", "video_url": {"url": url}}
-    return [{"role": "user", "content": [video, {"type": "text", "text": question}]}]

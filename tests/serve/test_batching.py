@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dycoke import DyCoke
 from dycoke.assistant import Assistant
 from dycoke.batching import Row, answer_rows, collate, pad_of
 from dycoke.errors import UnsupportedError
@@ -23,11 +24,11 @@ ASKED = [
 ]
 
 
-@pytest.mark.parametrize("method", ["full", "dycoke", "dycoke+", "random"])
+@pytest.mark.parametrize("method", ["full", "dycoke", "dycoke+", "random", "skipping"])
 def test_rows_are_what_each_would_be_alone(
     nano: Assistant, clip: Callable[[int], Path], method: str
 ) -> None:
-    compressor = create(method)
+    compressor = DyCoke(skip_ratio=0.7) if method == "skipping" else create(method)
     inputs = [nano.prepare(read(clip(seed), FRAMES), asked) for seed, asked in ASKED]
     rows = [Row(64) for _ in ASKED]
     told = answer_rows(nano, collate(inputs, pad_of(nano)), rows, compressor)

@@ -58,13 +58,13 @@ class Arch:
         depth: int = vision.get("depth") or vision["num_hidden_layers"]
         return self.config["text_config"]["num_hidden_layers"], depth
 
-    def build(self, device: str, attention: str | None = None) -> Any:
-        """The model with random bfloat16 weights, made straight on the device."""
+    def build(self, device: str, dtype: torch.dtype, attention: str | None = None) -> Any:
+        """The model with random weights, made straight on the device."""
         config = AutoConfig.for_model(self.model_type, **self.config)
         torch.manual_seed(0)
         with torch.device(device):
             model = AutoModelForImageTextToText.from_config(
-                config, dtype=torch.bfloat16, attn_implementation=attention
+                config, dtype=dtype, attn_implementation=attention
             )
         return model.eval()
 

@@ -10,11 +10,12 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
-from dycoke import methods
 from dycoke.bench.plan import Plan
 from dycoke.bench.speed import Bench
+from dycoke.precision import name_of
 
 
 def peak_of_process(plan: Plan, path: str, method: str) -> int | None:
@@ -23,6 +24,8 @@ def peak_of_process(plan: Plan, path: str, method: str) -> int | None:
     Weights, libraries and interpreter are in it. None where the system does not tell, or, with a
     warning, where that process fails, as when memory runs out.
     """
+    # Not for that process to choose anew: a trial may come out otherwise.
+    plan = replace(plan, dtype=name_of(plan.number_format.dtype))
     task = {"plan": plan.to_dict(), "path": path, "method": method}
     done = subprocess.run(
         [sys.executable, "-m", "dycoke.bench.peak"],
@@ -57,8 +60,7 @@ def peak_rss() -> int | None:
 def main() -> None:
     task = json.load(sys.stdin)
     plan = Plan.from_dict(task["plan"])
-    compressor = methods.create(task["method"], retention=plan.retention)
-    Bench(plan).once(task["path"], compressor, plan.new_tokens)
+    Bench(plan).once(task["path"], plan.lines()[task["method"]], plan.new_tokens)
     json.dump(peak_rss(), sys.stdout)
 
 

@@ -20,6 +20,7 @@ from dycoke.bench.plan import Plan
 from dycoke.bench.speed import Bench, Sample
 from dycoke.core.echo import REACH
 from dycoke.costs import Extras, Shape, counted, seen_share
+from dycoke.precision import name_of
 from dycoke.timing import Timings
 
 TIMED_STAGES = tuple(field.name for field in fields(Timings))
@@ -40,7 +41,7 @@ def measure(
     """
     bench = Bench(plan)
     samples = bench.measure(path, on_run)
-    head = heading(bench, samples[plan.methods[0]][-1], command)
+    head = heading(bench, next(iter(samples.values()))[-1], command)
     rows = method_results(bench, samples)
     on_cpu = bench.model.device.type == "cpu"
     del bench  # its weights should not crowd out the processes that come now
@@ -84,10 +85,11 @@ def _tokens(bench: Bench, sample: Sample) -> dict[str, Any]:
     text = bench.model.config.get_text_config()
     shape = Shape(text.hidden_size, text.intermediate_size, text.num_hidden_layers)
     report, kept = sample.report, sample.visual_tokens
-    active, refreshes, new = kept, 0, bench.plan.new_tokens
+    encoded, active, refreshes, new = kept, kept, 0, bench.plan.new_tokens
     flops = counted(kept, active, shape, new).total
     if report is not None:
         first = report.samples[0]  # the batch repeats it
+        encoded = sum(video.encoded_tokens for video in first.videos)
         kept, active, refreshes = first.kept_tokens, first.active_tokens, first.refreshes
         extras = Extras(
             first.visual_tokens - kept,
@@ -105,6 +107,7 @@ def _tokens(bench: Bench, sample: Sample) -> dict[str, Any]:
         "settings": report.settings if report else {},
         "not_engaged": report.reason if report else None,
         "visual_tokens": sample.visual_tokens,
+        "encoded_tokens": encoded,
         "kept_tokens": kept,
         "active_tokens": active,
         "refreshes": refreshes,
@@ -155,7 +158,7 @@ def heading(bench: Bench, sample: Sample, command: str) -> dict[str, Any]:
         "device": str(model.device),
         "hardware": hardware(model.device),
         "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": name_of(model.dtype),
         "attention": text._attn_implementation,
         "versions": {
             "dycoke": __version__,

@@ -12,12 +12,13 @@ from rich.table import Table
 from dycoke import costs
 
 TIMES = {
-    "video_s": "video",
+    "decode_s": "decode",
+    "process_s": "process",
     "vision_s": "vision",
     "compress_s": "compress",
     "prefill_s": "prefill",
     "ttft_s": "TTFT",
-    "per_token_s": "per token",
+    "per_token_s": "token",
     "total_s": "total",
 }
 MIB = 2**20
@@ -27,6 +28,7 @@ WIDTH, BAR, GAP, MARGIN, FIGURES = 960, 26, 12, 16, 150
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 STAGE_COLOURS = {
     "video": (170, 170, 170),
+    "processor": (120, 120, 120),
     "vision encoder": (86, 180, 233),
     "compression": (213, 94, 0),
     "prefill": (0, 114, 178),
@@ -58,11 +60,13 @@ def speed_tables(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[T
     sizes = Table(
         title="tokens of a prompt, memory, FLOPs by formula", box=SIMPLE_HEAD, padding=(0, 0, 0, 1)
     )
-    times.add_column("method", no_wrap=True, min_width=max(len(row["method"]) for row in rows))
+    # Names of several words may take several lines; figures must not.
+    widest = max(len(word) for row in rows for word in row["method"].split())
+    times.add_column("method", min_width=widest)
     for name in TIMES.values():
         times.add_column(name, justify="right", no_wrap=True)
-    sizes.add_column("method", no_wrap=True, min_width=max(len(row["method"]) for row in rows))
-    for name in ("kept", "attended", "KV, MiB", "peak, MiB", "TFLOPs"):
+    sizes.add_column("method", min_width=widest)
+    for name in ("encoded", "kept", "attended", "KV, MiB", "peak, MiB", "TFLOPs"):
         sizes.add_column(name, justify="right")
     for row in rows:
         lines = {row["method"]: "stages", "  least": "stages_min", "  most": "stages_max"}
@@ -74,13 +78,16 @@ def speed_tables(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[T
         peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / MIB:.0f}"
         sizes.add_row(
             row["method"],
+            f"{row['encoded_tokens']}",
             f"{row['kept_tokens']}",
             f"{row['active_tokens']}",
             f"{row['kv_bytes'] / MIB:.1f}",
             peak,
             f"{row['flops'] / 1e12:.3g}",
         )
-        share = [f"{row[key] / whole:.1%}" for key in ("kept_tokens", "active_tokens")]
+        share = [
+            f"{row[key] / whole:.1%}" for key in ("encoded_tokens", "kept_tokens", "active_tokens")
+        ]
         less = [_ratio(row, key) for key in ("kv_bytes", "peak_bytes", "flops")]
         if _compared(row):
             sizes.add_row("  vs full", *share, *less)
@@ -105,7 +112,8 @@ def parts(row: dict[str, Any]) -> dict[str, float]:
     """The stages of which a bar is stacked, in seconds; their sum is the median total."""
     stages = row["stages"]
     shares = {
-        "video": stages["video_s"],
+        "video": stages["decode_s"],
+        "processor": stages["process_s"],
         "vision encoder": stages["vision_s"],
         "compression": stages["compress_s"],
         "prefill": stages["prefill_s"],

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dycoke import methods
 from dycoke.assistant import GREEDY, Assistant
 from dycoke.bench.plan import Plan
 from dycoke.compat import cache_of
@@ -65,13 +64,14 @@ class Bench:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.prepare: Callable[[Video], dict[str, Any]]
+        device, dtype = plan.chosen_device, plan.number_format.dtype
         try:
             if plan.arch is not None:
                 arch = plan.arch
-                self.model = arch.build(plan.chosen_device, plan.attention)
+                self.model = arch.build(device, dtype, plan.attention)
                 self.prepare = lambda video: arch.inputs(self.model, video.frames)
             else:
-                assistant = Assistant.load(plan.model, plan.chosen_device, attention=plan.attention)
+                assistant = Assistant.load(plan.model, device, dtype, plan.attention)
                 self.model = assistant.model
                 self.prepare = lambda video: assistant.prepare(video, QUESTION)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -84,10 +84,11 @@ class Bench:
         device, watch = self.model.device, Stopwatch(self.model)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        with watch.reading():
-            plan = self.plan
-            video = read(path, plan.frames, stream=plan.stream, max_pixels=plan.max_pixels)
-            inputs = {k: _repeated(v, self.plan.batch) for k, v in self.prepare(video).items()}
+        plan, began = self.plan, watch.now()
+        video = read(path, plan.frames, stream=plan.stream, max_pixels=plan.max_pixels)
+        decoded = watch.now()
+        inputs = {k: _repeated(v, plan.batch) for k, v in self.prepare(video).items()}
+        watch.timings.add_video(decoded - began, watch.now() - decoded)
         with watch.compressing(compressor, frame_source=frame_source_of(self.model.config)) as run:
             output = self.model.generate(
                 **inputs,
@@ -103,7 +104,7 @@ class Bench:
             peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
             report=None if run is None else run.report,
             frames=len(video.frames),
-            visual_tokens=self._visual_tokens(inputs) // self.plan.batch,
+            visual_tokens=self._visual_tokens(inputs) // plan.batch,
             prompt_tokens=inputs["input_ids"].shape[1],
         )
 
@@ -130,7 +131,7 @@ class Bench:
             Where memory runs out.
         """
         plan, tell = self.plan, on_run or (lambda *_: None)
-        ready = {name: methods.create(name, retention=plan.retention) for name in plan.methods}
+        ready = plan.lines()
         samples: dict[str, list[Sample]] = {name: [] for name in ready}
         try:
             for name, compressor in ready.items():

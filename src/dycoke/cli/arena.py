@@ -16,6 +16,7 @@ def over_retentions(
     import importlib.util
 
     from dycoke.evaluate import curves, retention
+    from dycoke.precision import name_of
 
     if picture is not None and importlib.util.find_spec("matplotlib") is None:
         raise BadInput("--picture needs matplotlib: pip install 'dycoke[plot]'")
@@ -38,7 +39,7 @@ def over_retentions(
     if picture is not None:
         curves.picture(rows, title).savefig(picture, format="png")
         out.print(f"saved {picture}: accuracy over retention")
-    stories.save(against=against, results=rows)
+    stories.save(dtype=name_of(assistant.model.dtype), against=against, results=rows)
 
 
 def _shares(text: str) -> list[float]:

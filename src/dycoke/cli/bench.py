@@ -26,6 +26,10 @@ def bench(
         str, typer.Option(help="Comma-separated; see dycoke methods.")
     ] = "full,dycoke",
     retention: options.Retention = None,
+    echo: options.Echo = None,
+    echo_exact: options.EchoExact = None,
+    skip_ratio: options.SkipRatio = None,
+    skip_layer: options.SkipLayer = None,
     video: Annotated[Path | None, typer.Option(help="[default: a rendered story]")] = None,
     frames: options.FrameCount = 32,
     stream: options.Stream = None,
@@ -40,6 +44,7 @@ def bench(
         int | None, typer.Option(help="Cut an architecture's vision encoder; the output says so.")
     ] = None,
     device: options.Device = None,
+    dtype: options.Dtype = None,
     attention: Annotated[
         str | None, typer.Option(help="Such as flash_attention_2 [default: transformers' choice]")
     ] = None,
@@ -56,7 +61,11 @@ def bench(
         bool, typer.Option("--check-paper", help="Print the paper's FLOPs and ours, and stop.")
     ] = False,
 ) -> None:
-    """Speed and memory of the methods, stage by stage; one line of JSON comes last."""
+    """Speed and memory of the methods, stage by stage; one line of JSON comes last.
+
+    With --echo, --echo-exact, --skip-ratio or --skip-layer each method that has such settings is
+    measured twice: as it is, and with them.
+    """
     if check_paper:
         from dycoke.cli.lists import list_flops
 
@@ -84,6 +93,10 @@ def bench(
             retention=retention,
             device=device,
             attention=attention,
+            dtype=dtype,
+            settings=options.given_settings(
+                echo=echo, echo_exact=echo_exact, skip_ratio=skip_ratio, skip_layer=skip_layer
+            ),
         )
     except ValueError as error:
         raise BadInput(str(error)) from None
@@ -101,6 +114,7 @@ def _measure(plan: Plan, peak: bool) -> tuple[dict[str, Any], list[dict[str, Any
     from dycoke.video import VideoError
 
     logging.disable_progress_bar()
+    err.print(f"number format: {plan.number_format}", highlight=False)
     try:
         with video_file(plan) as path, err.status("building the model") as status:
 

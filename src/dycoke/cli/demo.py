@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from dycoke.cli.clip import ReadingClip
 from dycoke.cli.console import out
-from dycoke.cli.session import STAGE_ROWS, Session, load_assistant, read_video
+from dycoke.cli.session import STAGE_ROWS, Session, load_assistant
 
 if TYPE_CHECKING:
     from dycoke.assistant import Answer
@@ -37,9 +38,10 @@ def demo(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "story.mp4"
         stories.write(story, path)
-        video, video_s = read_video(path, stories.FRAMES)
-    assistant = load_assistant(None, None, None, own_world=True)
-    session = Session(assistant, video, video_s, stories.DESCRIBE[0], MAX_NEW_TOKENS)
+        with ReadingClip(path, stories.FRAMES) as reading:
+            assistant = load_assistant(None, None, None, own_world=True)
+            video, decode_s = reading.video()
+    session = Session(assistant, video, decode_s, stories.DESCRIBE[0], MAX_NEW_TOKENS)
     out.print(f"[bold]truth:[/bold] {stories.describe(story)}")
     session.warm_up()
     methods = {"full": None, "DyCoke": DyCoke(), "DyCoke+": DyCoke.plus()}

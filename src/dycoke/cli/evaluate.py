@@ -31,6 +31,7 @@ class Stories:
     ----------
     split, seed, count : which stories: "seen" or "unseen", the first one's seed, how many.
     model : directory of a nano model; None for the embedded one.
+    dtype : its number format; None for the rule.
     workers : processes.
     json_file : where results go; None for nowhere.
     """
@@ -39,6 +40,7 @@ class Stories:
     seed: int
     count: int
     model: str | None
+    dtype: str | None
     workers: int
     json_file: Path | None
 
@@ -46,7 +48,7 @@ class Stories:
         return f"StoryQA, {self.count} {self.split} stories from seed {self.seed}"
 
     def load(self) -> Assistant:
-        return load_assistant(self.model, None, None, own_world=True)
+        return load_assistant(self.model, None, self.dtype, own_world=True)
 
     @property
     def partial(self) -> Path | None:
@@ -124,6 +126,7 @@ def eval_command(
         Path | None, typer.Option(help="With --retentions: draw accuracy over retention here.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Directory of another nano model.")] = None,
+    dtype: options.Dtype = None,
     workers: Annotated[
         int, typer.Option(min=1, help="Processes of one thread each; 1 uses this process alone.")
     ] = 1,
@@ -136,7 +139,7 @@ def eval_command(
     if split not in ("seen", "unseen"):
         raise BadInput(f"--split must be seen or unseen, got {split!r}")
     options.check_folder(json_file, picture)
-    stories = Stories(split, seed, count, model, workers, json_file)
+    stories = Stories(split, seed, count, model, dtype, workers, json_file)
     given = {
         "merge_ratio": merge_ratio,
         "token_budget": token_budget,
@@ -183,6 +186,7 @@ def _standard(stories: Stories, settings: str | None, given: dict[str, Any]) -> 
     """
     from dycoke.evaluate import storyqa
     from dycoke.evaluate.attention import looking
+    from dycoke.precision import name_of
 
     assistant = stories.load()
     size = {name: given.pop(name) for name in storyqa.SIZES if name in given}
@@ -216,7 +220,7 @@ def _standard(stories: Stories, settings: str | None, given: dict[str, Any]) -> 
         f"words whose most attended frame lies in the event being told: {inside:.1%} of "
         f"{look.words} (by chance {look.chance:.1%}), full model, {look.stories} stories"
     )
-    stories.save(results=results, attention=vars(look))
+    stories.save(dtype=name_of(assistant.model.dtype), results=results, attention=vars(look))
 
 
 def _accuracies(results: list[dict[str, Any]], title: str) -> Table:

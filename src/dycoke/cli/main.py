@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dycoke.cli import batch, bench, demo, evaluate, lists, run, serve
+from dycoke.cli import batch, bench, demo, evaluate, lists, run, serve, view
 from dycoke.cli.console import BadInput, out, say
 from dycoke.cli.options import RENAMED_OPTIONS
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("demo")(demo.demo)
+app.command("view")(view.view)
 app.command("eval")(evaluate.eval_command)
 app.command("bench")(bench.bench)
 app.command("batch")(batch.batch)

@@ -41,6 +41,13 @@ Retention = Annotated[
         help="Share of the visual tokens that stays, in (0, 1] [default: each method's own]"
     ),
 ]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Number format: bfloat16, float16 or float32 [default: the one in which the device "
+        "computes fastest; the embedded model on a CPU: float32]"
+    ),
+]
 MergeRatio = Annotated[
     float | None,
     typer.Option(

@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from dycoke.cli import options
+from dycoke.cli.clip import ReadingClip
 from dycoke.cli.console import BadInput, out
-from dycoke.cli.session import Session, as_dict, load_assistant, read_video, report_table
+from dycoke.cli.session import Session, as_dict, load_assistant, report_table
 
 
 def run(
@@ -47,7 +48,7 @@ def run(
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the answer.")] = 128,
     device: options.Device = None,
-    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16 [default: by device]")] = None,
+    dtype: options.Dtype = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON on stdout, and nothing else.")
     ] = False,
@@ -60,22 +61,23 @@ def run(
         raise BadInput("--compare compares a method with the full model; name another --method")
     at_once = _encode_frames(encode_frames)
     # The file is first, since a bad one is found at once.
-    frames_read, video_s = read_video(video, frames, stream, max_pixels)
-    settings = options.given_settings(
-        merge_ratio=merge_ratio,
-        token_budget=token_budget,
-        prune_ratio=prune_ratio,
-        prune_layer=prune_layer,
-        score_layer=score_layer,
-        echo=echo,
-        echo_exact=echo_exact,
-        skip_ratio=skip_ratio,
-        skip_layer=skip_layer,
-    )
-    compressor = options.method_of(name, retention, settings)
-    assistant = load_assistant(model, device, dtype)
+    with ReadingClip(video, frames, stream, max_pixels) as reading:
+        settings = options.given_settings(
+            merge_ratio=merge_ratio,
+            token_budget=token_budget,
+            prune_ratio=prune_ratio,
+            prune_layer=prune_layer,
+            score_layer=score_layer,
+            echo=echo,
+            echo_exact=echo_exact,
+            skip_ratio=skip_ratio,
+            skip_layer=skip_layer,
+        )
+        compressor = options.method_of(name, retention, settings)
+        assistant = load_assistant(model, device, dtype)
+        frames_read, decode_s = reading.video()
     session = Session(
-        assistant, frames_read, video_s, prompt, max_new_tokens, name, as_json, at_once
+        assistant, frames_read, decode_s, prompt, max_new_tokens, name, as_json, at_once
     )
     if compare:
         session.warm_up()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
+import webbrowser
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dycoke.cli import options
-from dycoke.cli.console import BadInput, err
+from dycoke.cli.console import BadInput, err, out
 from dycoke.cli.session import load_assistant
 
 if TYPE_CHECKING:
@@ -60,24 +63,28 @@ def serve(
         typer.Option(help="Hosts that http URLs may name, comma-separated [default: none]"),
     ] = None,
     fetch_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one fetch.")] = 30.0,
+    viewer: Annotated[
+        bool, typer.Option("--viewer", help="Serve the page of dycoke view, too.")
+    ] = False,
     device: options.Device = None,
-    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16 [default: by device]")] = None,
+    dtype: options.Dtype = None,
 ) -> None:
     """Serve a model with OpenAI's chat API; compression is chosen per request."""
     needs_extra()
-    from dycoke.serve.app import Settings
+    from dycoke.serve.app import Server, Settings
     from dycoke.serve.media import Policy
 
     if allowed_local_media_path is not None and not allowed_local_media_path.is_dir():
         raise BadInput(f"--allowed-local-media-path {allowed_local_media_path}: no such folder")
+    if viewer and api_key:
+        raise BadInput("--viewer and --api-key: the page sends no key; run one server for each")
+    compressor = options.method_of(method, retention, {})
     domains = options.comma_separated(allowed_media_domains or "")
-    server = build(
-        model,
-        device,
-        dtype,
-        Settings(
+
+    def make() -> Server:
+        settings = Settings(
             name=name or (Path(model).name if model else "nano"),
-            compressor=options.method_of(method, retention, {}),
+            compressor=compressor,
             keys=tuple(api_key or ()),
             policy=Policy(
                 folder=allowed_local_media_path,
@@ -92,9 +99,11 @@ def serve(
             max_waiting=max_waiting,
             cache_bytes=cache_mb * MIB,
             threads=max(2, (os.cpu_count() or 2) // 2),
-        ),
-    )
-    run(server, host, port)
+            viewer=viewer,
+        )
+        return Server(load_assistant(model, device, dtype), settings)
+
+    run(make, host, port)
 
 
 def needs_extra() -> None:
@@ -102,33 +111,47 @@ def needs_extra() -> None:
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise BadInput(
-            f"{' and '.join(missing)} not installed: pip install 'dycoke[serve]' brings what a "
+            f"{' and '.join(missing)} not installed; pip install 'dycoke[serve]' brings what a "
             "server needs"
         )
 
 
-def build(model: str | None, device: str | None, dtype: str | None, settings: Any) -> Server:
-    """The server of a model."""
-    from dycoke.serve.app import Server
+def run(make: Callable[[], Server], host: str, port: int, opened: bool = False) -> None:
+    """Listen until a signal comes; what is under way is finished.
 
-    return Server(load_assistant(model, device, dtype), settings)
-
-
-def run(server: Server, host: str, port: int) -> None:
-    """Listen until a signal comes; what is under way is finished."""
+    Parameters
+    ----------
+    make : loads the model, once the address is known to be free.
+    opened : whether a browser is sent to the page.
+    """
     import uvicorn
 
-    public = host not in ("127.0.0.1", "localhost", "::1")
-    if public and not server.settings.keys:
-        err.print(f"note: whoever reaches {host} may use this server; --api-key asks for a key")
-    config = uvicorn.Config(server.app, host=host, port=port, log_level="warning")
-    sockets = []
     try:
-        sockets.append(config.bind_socket())
-    except SystemExit:
-        server.stop()
-        raise BadInput(f"cannot listen on {host}:{port}; is another server there?") from None
-    port = sockets[0].getsockname()[1]
-    shown = f"[{host}]" if ":" in host else host
-    err.print(f"dycoke serves {server.settings.name} at http://{shown}:{port}/v1", markup=False)
-    uvicorn.Server(config).run(sockets)
+        listener = socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        )
+    except OSError as error:
+        raise BadInput(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"
+        ) from None
+    with listener:
+        server = make()
+        settings = server.settings
+        if host not in ("127.0.0.1", "localhost", "::1") and not settings.keys:
+            err.print(f"note: whoever reaches {host} may use this server; --api-key asks for a key")
+        url = f"http://{_shown(host)}:{listener.getsockname()[1]}"
+        out.print(f"{settings.name} answers at {url}/v1", soft_wrap=True, markup=False)
+        if settings.viewer:
+            out.print(f"watch it at {url}/", soft_wrap=True, markup=False)
+        err.print("press Ctrl+C to stop")
+        if opened and not webbrowser.open(f"{url}/"):
+            err.print("no browser was found here; open the address in one yourself")
+        config = uvicorn.Config(server.app, log_level="warning", timeout_graceful_shutdown=60)
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _shown(host: str) -> str:
+    """How an address is written in a URL that a browser on this machine can open."""
+    if host in ("0.0.0.0", "::", ""):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from dycoke.cli.console import BadInput, err, out
-from dycoke.cli.options import MAX_PIXELS
 
 if TYPE_CHECKING:
     from dycoke.assistant import Answer, Assistant
@@ -18,7 +17,8 @@ if TYPE_CHECKING:
     from dycoke.video import Video
 
 STAGE_ROWS = {
-    "video decoding, s": "video_s",
+    "video decoding, s": "decode_s",
+    "processor, s": "process_s",
     "vision encoder, s": "vision_s",
     "compression, s": "compress_s",
     "prefill, s": "prefill_s",
@@ -26,29 +26,6 @@ STAGE_ROWS = {
     "time per token, s": "per_token_s",
     "total, s": "total_s",
 }
-
-
-def read_video(
-    path: Path, frames: int, stream: int | None = None, max_pixels: int = MAX_PIXELS
-) -> tuple[Video, float]:
-    """Frames of a file, and the seconds that it took."""
-    import time
-
-    from dycoke.video import VideoError, read
-
-    began = time.perf_counter()
-    with err.status("decoding frames") as status:
-
-        def show(done: int, of: int) -> None:
-            status.update(f"decoding frames: {done}/{of}")
-
-        try:
-            video = read(path, frames, show, stream, max_pixels)
-        except VideoError as error:
-            raise BadInput(str(error)) from None
-    for note in video.notes:
-        err.print(f"note: {path}: {note}", soft_wrap=True, markup=False)
-    return video, time.perf_counter() - began
 
 
 def load_assistant(
@@ -61,7 +38,8 @@ def load_assistant(
         from transformers.utils import logging
 
         from dycoke import nano
-        from dycoke.assistant import Assistant
+        from dycoke.assistant import Assistant, best_device
+        from dycoke.precision import choose_format
 
         logging.disable_progress_bar()
         if model is None and not nano.is_trained():
@@ -74,8 +52,11 @@ def load_assistant(
                 "note: the embedded model only knows its own little world of moving shapes; for "
                 "any other clip name a real one with --model"
             )
+        device = device or best_device()
         try:
-            return Assistant.load(model, device, dtype)
+            choice = choose_format(device, dtype, model is None or nano.is_at(model))
+            err.print(f"number format: {choice}", highlight=False)
+            return Assistant.load(model, device, choice.dtype)
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             what = "the embedded model" if model is None else f"the model {model!r}"
             where = "" if device is None else f" on the device {device!r}"
@@ -93,14 +74,14 @@ class Session:
 
     Attributes
     ----------
-    video_s : seconds that reading the video took.
+    decode_s : seconds that reading the video took.
     method : name of the method that is asked beside the full model.
     quiet : print no answers.
     """
 
     assistant: Assistant
     video: Video
-    video_s: float
+    decode_s: float
     prompt: str
     max_new_tokens: int
     method: str = "dycoke"
@@ -139,8 +120,7 @@ class Session:
             )
         if started:
             out.print()
-        answer.timings.video_s += self.video_s
-        answer.timings.total_s += self.video_s
+        answer.timings.add_video(self.decode_s)
         return answer
 
     def _asked(self, **how: Any) -> Answer:

@@ -340,6 +340,7 @@ def evaluate(
     workers : processes of one thread each, which pays for small models on a CPU; 1 stays here.
     """
     key = {"split": split, "seed": seed, "stories": count, "model": model}
+    key["dtype"] = str(assistant.model.dtype)
     progress = SavedScores(keep, key)
     tell = on_chunk or (lambda *_: None)
     jobs = []

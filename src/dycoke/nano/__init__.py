@@ -10,7 +10,7 @@ import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["is_trained", "path"]
+__all__ = ["is_at", "is_trained", "path"]
 
 _TRAINED = Path(__file__).parent / "model"
 
@@ -21,6 +21,11 @@ _LAYOUT = 1
 def is_trained() -> bool:
     """Whether the package carries the trained weights."""
     return (_TRAINED / "model.safetensors").is_file()
+
+
+def is_at(source: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint is the embedded model."""
+    return os.path.isdir(source) and os.path.samefile(source, path())
 
 
 def path() -> Path:

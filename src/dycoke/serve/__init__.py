@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server for one model: ``dycoke serve``. Needs ``dycoke[serve]``."""
+"""A model behind HTTP, and the page that shows what it looks at. Needs `dycoke[serve]`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
 import tempfile
 import threading
@@ -36,6 +37,8 @@ from dycoke.serve.protocol import (
     parse_chat,
     parse_json,
 )
+from dycoke.serve.steps import Event, Steps
+from dycoke.serve.viewer import Viewer
 from dycoke.serve.work import Job, Watcher, Worker, full
 from dycoke.video import Video, VideoError, read
 
@@ -60,6 +63,7 @@ class Settings:
     max_waiting : most requests that are prepared or wait.
     cache_bytes : bytes of watched videos that are kept.
     threads : that decode videos and make inputs.
+    viewer : whether the page is served at "/".
     """
 
     name: str = "nano"
@@ -74,6 +78,7 @@ class Settings:
     max_waiting: int = 64
     cache_bytes: int = 1 << 30
     threads: int = 2
+    viewer: bool = False
 
 
 class Server:
@@ -104,6 +109,9 @@ class Server:
         self.app.get("/metrics")(self._metrics)
         self.app.get("/v1/models")(self._models)
         self.app.post("/v1/chat/completions")(self._chat)
+        if settings.viewer:
+            viewer = Viewer(assistant, settings.name, self.worker.submit, settings.policy.max_bytes)
+            self.app.router.routes.extend(viewer.routes())
         for status in (404, 405):
             self.app.exception_handler(status)(_no_route)
 
@@ -223,6 +231,7 @@ class Server:
                 images.append(media.as_image(found))
             else:
                 videos.append(self._read(found, asked))
+        decoded = time.perf_counter()
         with self._tokenizing:
             inputs = self.assistant.prepare_chat(asked.turns, videos, images)
         default, most = self.settings.max_tokens
@@ -241,11 +250,21 @@ class Server:
             row=Row(limit, asked.stop, cancelled=cancelled),
             emit=emit,
             watch=self._watch(videos, emit) if asked.steps else None,
-            video_s=time.perf_counter() - began,
+            before=(decoded - began, time.perf_counter() - decoded),
         )
 
     def _watch(self, videos: Sequence[Video], emit: Emit) -> Callable[[int], Watcher]:
-        raise ApiError(400, "dycoke: steps are not served yet", "dycoke")
+        """Listeners that tell what each token looked at, as the page has it."""
+        if len(videos) != 1:
+            raise ApiError(400, f"dycoke: steps are of one video, got {len(videos)}", "dycoke")
+        decode = functools.partial(
+            self.assistant.processor.tokenizer.decode, skip_special_tokens=True
+        )
+
+        def tell(what: Event) -> None:
+            emit(("step", what))
+
+        return lambda row: Steps(videos[0], decode, tell, row=row)
 
     def _check_length(self, prompt: int, new: int) -> None:
         config = self.assistant.model.config.get_text_config()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,9 @@ from dycoke.models.locate import FrameSource, frame_source_of
 from dycoke.serve.protocol import ApiError, as_api_error
 from dycoke.timing import Timings
 from dycoke.video import Video
+
+LOG = logging.getLogger("dycoke.serve")
+Call = Callable[[], None]
 
 
 class Watcher(Protocol):
@@ -44,7 +48,7 @@ class Job:
     emit : called in the generating thread with ("text", piece), ("done", answer, cached tokens) or
         ("error", ApiError).
     watch : makes the listener of a row, by its place in the batch; None where nobody looks.
-    video_s : seconds that fetching, decoding and processing took.
+    before : seconds of fetching and decoding, and of the processor.
     """
 
     turns: Turns
@@ -57,7 +61,7 @@ class Job:
     row: Row
     emit: Callable[[tuple[Any, ...]], None]
     watch: Callable[[int], Watcher] | None = None
-    video_s: float = 0.0
+    before: tuple[float, float] = (0.0, 0.0)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -121,7 +125,7 @@ class Worker:
         self.cache = SeenCache(cache_bytes)
         self.batches: deque[int] = deque(maxlen=1000)  # sizes of the last ones
         self.running = 0
-        self._waiting: deque[Job] = deque()
+        self._waiting: deque[Job | Call] = deque()
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="dycoke-generate", daemon=True)
@@ -131,8 +135,8 @@ class Worker:
     def waiting(self) -> int:
         return len(self._waiting)
 
-    def submit(self, job: Job) -> None:
-        """Put a job in the queue.
+    def submit(self, job: Job | Call) -> None:
+        """Put a job in the queue; or a function, which then has the model to itself.
 
         Raises
         ------
@@ -156,14 +160,19 @@ class Worker:
 
     def _work(self) -> None:
         while batch := self._next():
-            self.running = len(batch)
-            self.batches.append(len(batch))
+            self.running = len(batch) if isinstance(batch, list) else 1
             try:
-                self._answer(batch)
+                if isinstance(batch, list):
+                    self.batches.append(len(batch))
+                    self._answer(batch)
+                else:
+                    batch()
+            except Exception:  # whoever waits for it was told; the thread must live on
+                LOG.exception("a request failed")
             finally:
                 self.running = 0
 
-    def _next(self) -> list[Job]:
+    def _next(self) -> list[Job] | Call:
         """The oldest job and those that can go with it; [] at the end."""
         with self._changed:
             while not self._waiting:
@@ -171,11 +180,13 @@ class Worker:
                     return []
                 self._changed.wait()
             first = self._waiting.popleft()
+            if not isinstance(first, Job):
+                return first
             batch, key = [first], first.key
             for job in list(self._waiting):
                 if len(batch) == self.max_batch:
                     break
-                if job.key == key:
+                if isinstance(job, Job) and job.key == key:
                     self._waiting.remove(job)
                     batch.append(job)
             return batch
@@ -225,7 +236,7 @@ class Worker:
                 first.compressor,
                 on_step=listen if listening and first.compressor is not None else None,
                 frame_source=self._frame_source(first),
-                video_s=max(job.video_s for job in jobs),
+                before=max(job.before for job in jobs),
                 **first.generate,
             )
         if watching is not None:
@@ -280,7 +291,7 @@ def _begins_with_video(job: Job) -> bool:
 def _sum(watching: Timings, asking: Timings) -> Timings:
     """What a question took about a video that was watched for it."""
     one, two = watching.to_dict(), asking.to_dict()
-    own = {"per_token_s": asking.per_token_s, "video_s": asking.video_s}
+    own = {name: two[name] for name in ("decode_s", "process_s", "video_s", "per_token_s")}
     both = {name: one[name] + two[name] for name in one.keys() - own}
     return Timings(**both, **own)
 

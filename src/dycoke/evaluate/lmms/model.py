@@ -17,11 +17,12 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dycoke import nano
-from dycoke.assistant import Assistant, best_device, best_dtype
+from dycoke.assistant import Assistant, best_device
 from dycoke.errors import UnsupportedError
 from dycoke.evaluate.lmms.account import Account, compress, refuse_likelihoods
 from dycoke.evaluate.lmms.prompts import generation, video_and_question
 from dycoke.evaluate.lmms.settings import Settings, argument_names, settings_of
+from dycoke.precision import choose_format
 from dycoke.video import read
 
 
@@ -87,7 +88,7 @@ class Dycoke(lmms):
         else:
             model = AutoModelForImageTextToText.from_pretrained(
                 source,
-                dtype=dtype or best_dtype(best_device()),
+                dtype=dtype or choose_format(best_device(), None, nano.is_at(source)).dtype,
                 attn_implementation=attn_implementation,
                 device_map=device_map,
             )

@@ -1,0 +1,329 @@
+"""The page's own routes: its files, the stories to choose from, and answers with their steps.
+
+An answer is asked for with the clip as the request's body and comes as one JSON line per event
+(`dycoke.serve.steps`), then ``done`` or ``error``. Whoever closes the connection ends the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import io
+import json
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import BaseRoute, Route
+
+from dycoke import nano
+from dycoke.assistant import Assistant
+from dycoke.compressor import Compressor
+from dycoke.errors import UnsupportedError
+from dycoke.methods import METHODS, create
+from dycoke.methods.dycoke import DyCoke
+from dycoke.nano import stories
+from dycoke.serve.steps import Event, Steps
+from dycoke.video import Video, VideoError, read
+
+Submit = Callable[[Callable[[], None]], Any]
+"""Runs a job in the thread that generates, in turn; raises `queue.Full` where too many wait."""
+
+FILES = {
+    "": ("index.html", "text/html; charset=utf-8"),
+    "viewer/page.css": ("page.css", "text/css; charset=utf-8"),
+    "viewer/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "viewer/favicon.svg": ("favicon.svg", "image/svg+xml"),
+}
+# Nothing from another host, no script but the page's own.
+HEADERS = {
+    "content-security-policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+SHOWN = (3, 23, 14, 6, 18, 1)  # seeds of the stories that the page offers
+LONGEST_QUESTION, MOST_FRAMES, MOST_WORDS = 4000, 128, 512
+MAX_BYTES = 64 << 20
+
+
+class Refused(Exception):
+    """A request that cannot be answered: status, and one line that says why."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+    def response(self) -> Response:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": str(self), "type": kind, "param": None, "code": None}
+        return JSONResponse({"error": error}, self.status, HEADERS)
+
+
+class _Left(Exception):
+    """Whoever asked has gone."""
+
+
+class Viewer:
+    """One model, shown while it answers.
+
+    Parameters
+    ----------
+    assistant : the model; everything that runs it goes through ``submit``.
+    name : what the page calls the model.
+    submit : the server's own queue; None for one thread of this viewer's.
+    max_bytes : the largest clip that is taken.
+    """
+
+    def __init__(
+        self,
+        assistant: Assistant,
+        name: str,
+        submit: Submit | None = None,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        self.assistant, self.name, self.max_bytes = assistant, name, max_bytes
+        self._submit = submit or ThreadPoolExecutor(1, "dycoke-view").submit
+        # The embedded model is at home in clips of as many frames as it was trained on.
+        own = assistant.model.config.name_or_path == str(nano.path())
+        self.frames = stories.FRAMES if own else 32
+
+    def routes(self) -> list[BaseRoute]:
+        """What a Starlette or FastAPI application takes in."""
+        files: list[BaseRoute] = [
+            Route(f"/{path}", functools.partial(_file, *names)) for path, names in FILES.items()
+        ]
+        return [
+            *files,
+            Route("/viewer/config", self._config),
+            Route("/viewer/stories/{seed:int}.jpg", self._picture),
+            Route("/viewer/ask", self._ask, methods=["POST"]),
+        ]
+
+    def app(self) -> Starlette:
+        """An application of the page alone."""
+        return Starlette(routes=self.routes())
+
+    async def _config(self, request: Request) -> Response:
+        methods = [{"name": n, "about": e.about} for n, e in METHODS.items() if n != "full"]
+        return JSONResponse(
+            {
+                "model": self.name,
+                "frames": self.frames,
+                "max_bytes": self.max_bytes,
+                "question": stories.DESCRIBE[0],
+                "stories": list(SHOWN),
+                "methods": methods,
+            },
+            headers=HEADERS,
+        )
+
+    async def _picture(self, request: Request) -> Response:
+        seed = int(request.path_params["seed"])
+        if seed not in SHOWN:
+            return Refused(404, f"there is no story {seed} here").response()
+        picture = await asyncio.to_thread(story_picture, seed)
+        return Response(picture, media_type="image/jpeg", headers=HEADERS)
+
+    async def _ask(self, request: Request) -> Response:
+        began = time.perf_counter()
+        try:
+            _same_origin(request)
+            asked = Asked.of(request.query_params, self.frames)
+            video = await self._video(request, asked)
+            inbox = _Inbox()
+            try:
+                self._submit(functools.partial(self._answer, asked, video, inbox, began))
+            except Exception as error:
+                raise Refused(429, "too many questions are waiting; try again") from error
+        except Refused as error:
+            return error.response()
+        return StreamingResponse(
+            inbox.lines(request), media_type="application/x-ndjson", headers=HEADERS
+        )
+
+    async def _video(self, request: Request, asked: Asked) -> Video:
+        """The story that was chosen, or the clip in the request's body."""
+        if asked.story is not None:
+            return await asyncio.to_thread(story_video, asked.story, asked.frames)
+        too_large = Refused(413, f"the clip is larger than {self.max_bytes >> 20} MiB")
+        if int(request.headers.get("content-length", 0)) > self.max_bytes:
+            raise too_large
+        data = bytearray()
+        async for part in request.stream():
+            data += part
+            if len(data) > self.max_bytes:
+                raise too_large
+        if not data:
+            raise Refused(400, "there is no clip: the request's body is empty")
+        return await asyncio.to_thread(clip_video, bytes(data), asked)
+
+    def _answer(self, asked: Asked, video: Video, inbox: _Inbox, began: float) -> None:
+        """In the thread that generates: ask, and send what happens."""
+
+        def emit(event: Event) -> None:
+            if inbox.left.is_set():
+                raise _Left
+            if event["event"] == "start":
+                event["truth"] = asked.truth
+                event["method"] = asked.name
+            inbox.put(event)
+
+        tokenizer = self.assistant.processor.tokenizer
+        decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+        steps = Steps(video, decode, emit)
+        try:
+            if inbox.left.is_set():
+                return
+            answer = self.assistant.ask(
+                video, asked.question, asked.method, max_new_tokens=asked.words, on_step=steps
+            )
+            last = tokenizer.convert_tokens_to_ids(answer.tokens[-1]) if answer.tokens else None
+            steps.finish(last)
+            assert answer.report is not None
+            took = time.perf_counter() - began
+            timings = answer.timings.to_dict() | {"total_s": took}
+            report = answer.report.to_dict()
+            if not answer.report.samples:
+                raise UnsupportedError(answer.report.reason or "there is no video in the prompt")
+            emit({"event": "done", "text": answer.text, "report": report, "timings": timings})
+        except _Left:
+            pass
+        except (UnsupportedError, ValueError) as error:
+            inbox.put({"event": "error", "message": str(error)})
+        except Exception as error:
+            inbox.put({"event": "error", "message": f"{type(error).__name__}: {error}"})
+        finally:
+            inbox.put(None)
+
+
+class Asked:
+    """What a request asks for, from its query.
+
+    Attributes
+    ----------
+    question : the user's words.
+    story : seed of the story that is asked about; None for a clip in the body.
+    file : what the clip is called in messages.
+    frames, words : frames to sample; length limit of the answer, in tokens.
+    name, method : the method's name and settings. The full model is watched as settings that
+        remove nothing.
+    """
+
+    def __init__(self, values: Any, frames: int) -> None:
+        self.question: str = values.get("question", "").strip()
+        if not self.question:
+            raise Refused(400, "there is no question")
+        if len(self.question) > LONGEST_QUESTION:
+            raise Refused(400, f"the question is longer than {LONGEST_QUESTION} characters")
+        self.file: str = Path(values.get("name") or "the clip").name[:80]
+        self.frames = _count(values, "frames", frames, MOST_FRAMES)
+        self.words = _count(values, "words", 128, MOST_WORDS)
+        self.story: int | None = None
+        if "story" in values:
+            self.story = _count(values, "story", 0, 1 << 31, least=0)
+        self.name: str = values.get("method") or "dycoke+"
+        self.method = _method(self.name, values.get("settings"))
+
+    @classmethod
+    def of(cls, values: Any, frames: int) -> Asked:
+        """From a request's query; raises `Refused`."""
+        return cls(values, frames)
+
+    @property
+    def truth(self) -> str | None:
+        """What happens in the story; None for a clip."""
+        return None if self.story is None else stories.describe(stories.make("seen", self.story))
+
+
+class _Inbox:
+    """Events on their way from the thread that generates to the connection."""
+
+    def __init__(self) -> None:
+        self.left = threading.Event()
+        self._loop, self._items = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
+
+    def put(self, event: Event | None) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._items.put_nowait, event)
+
+    async def lines(self, request: Request) -> AsyncIterator[str]:
+        try:
+            while (event := await self._items.get()) is not None:
+                yield json.dumps(event, separators=(",", ":")) + "\n"
+        finally:
+            self.left.set()
+
+
+def _file(name: str, kind: str, request: Request) -> Response:
+    content = resources.files("dycoke.serve").joinpath("static", name).read_bytes()
+    return Response(content, headers={**HEADERS, "content-type": kind})
+
+
+def _same_origin(request: Request) -> None:
+    """Refuse what another site's page sends: its visitors' browsers could reach this one."""
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        raise Refused(403, f"a page of {origin} may not ask here")
+
+
+def _count(values: Any, name: str, default: int, most: int, least: int = 1) -> int:
+    text = values.get(name) or str(default)
+    if not text.isascii() or not text.isdecimal() or not least <= int(text) <= most:
+        raise Refused(400, f"{name} must be a number from {least} to {most}, got {text[:40]!r}")
+    return int(text)
+
+
+def _method(name: str, settings: str | None) -> Compressor:
+    try:
+        given = json.loads(settings) if settings else {}
+        if not isinstance(given, dict):
+            raise TypeError(f"settings must be an object, got {settings!r}")
+        if name == "full":
+            return DyCoke(merge_ratio=0, prune_ratio=0)
+        method = create(name)
+        assert method is not None
+        return method if not given else type(method).from_dict({**method.to_dict(), **given})
+    except (TypeError, ValueError) as error:
+        raise Refused(400, str(error)) from None
+
+
+def clip_video(data: bytes, asked: Asked) -> Video:
+    """The frames of an uploaded file; raises `Refused` in its own name."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip"
+        path.write_bytes(data)
+        try:
+            return read(path, asked.frames)
+        except VideoError as error:
+            raise Refused(422, str(error).replace(str(path), asked.file)) from None
+
+
+@functools.lru_cache(maxsize=8)
+def story_video(seed: int, frames: int) -> Video:
+    """A story as it is read from its file, as ``dycoke run`` would."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = stories.write(stories.make("seen", seed), Path(folder) / f"story-{seed}.mp4")
+        return read(path, frames)
+
+
+@functools.lru_cache(maxsize=len(SHOWN))
+def story_picture(seed: int) -> bytes:
+    """Three frames of a story side by side, as JPEG."""
+    frames = stories.render(stories.make("seen", seed))
+    chosen = [frames[len(frames) * part // 8] for part in (1, 4, 7)]
+    file = io.BytesIO()
+    Image.fromarray(np.concatenate(chosen, axis=1)).save(file, "JPEG", quality=85)
+    return file.getvalue()
