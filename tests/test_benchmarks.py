@@ -49,7 +49,14 @@ def last(printed: str) -> Any:
 
 def test_batch_throughput() -> None:
     # In a process of its own: its workers import it.
-    command = [FOLDER / "batch_throughput.py", "overhead", "--videos", "8", "--shard-size", "2"]
+    command = [
+        str(FOLDER / "batch_throughput.py"),
+        "overhead",
+        "--videos",
+        "8",
+        "--shard-size",
+        "2",
+    ]
     printed = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
     found = last(printed.stdout)
     assert found["videos"] == 8 and found["1_workers"]["ms_per_video"] > 0
