@@ -47,8 +47,24 @@ def last(printed: str) -> Any:
     return json.loads(printed.splitlines()[-1])
 
 
+def test_batch_throughput() -> None:
+    # In a process of its own: its workers import it.
+    command = [
+        str(FOLDER / "batch_throughput.py"),
+        "overhead",
+        "--videos",
+        "8",
+        "--shard-size",
+        "2",
+    ]
+    printed = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
+    found = last(printed.stdout)
+    assert found["videos"] == 8 and found["1_workers"]["ms_per_video"] > 0
+
+
 def test_all_scripts_are_run_here() -> None:
     run = {
+        "batch_throughput",
         "echo_memory",
         "encoder_accuracy",
         "encoder_memory",

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dycoke.cli import bench, demo, evaluate, lists, run, serve, view
+from dycoke.cli import batch, bench, demo, evaluate, lists, run, serve, view
 from dycoke.cli.console import BadInput, out, say
 from dycoke.cli.options import RENAMED_OPTIONS
 
@@ -27,6 +27,7 @@ app.command("demo")(demo.demo)
 app.command("view")(view.view)
 app.command("eval")(evaluate.eval_command)
 app.command("bench")(bench.bench)
+app.command("batch")(batch.batch)
 app.command("serve")(serve.serve)
 app.command("methods")(lists.list_methods)
 app.command("flops")(lists.list_flops)

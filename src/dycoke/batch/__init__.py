@@ -1,0 +1,1 @@
+"""Questions about many videos: rows that survive whatever kills a process."""
