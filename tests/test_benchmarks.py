@@ -62,6 +62,11 @@ def test_batch_throughput() -> None:
     assert found["videos"] == 8 and found["1_workers"]["ms_per_video"] > 0
 
 
+def test_serve_soak(script: Script) -> None:
+    result = last(script("serve_soak", "--requests", 12, "--minutes", 1, "--clients", 2))
+    assert (result["requests"], result["wrong"]) == (12, 0) and result["right"] >= 3
+
+
 def test_all_scripts_are_run_here() -> None:
     run = {
         "batch_throughput",
@@ -74,6 +79,7 @@ def test_all_scripts_are_run_here() -> None:
         "many_questions",
         "memory",
         "nano_merging",
+        "serve_soak",
     }
     assert run | {"decode_walk", "host_overhead", "viewer_images"} == SCRIPTS
 
