@@ -114,8 +114,11 @@ def main() -> None:
                 post(port, {**good, "stream": True, "max_tokens": 400}, read=200)
                 return "hung up"
             got, raw = post(port, good)
-            if got == 429:
-                return "queue full"
+            while got == 429:
+                with lock:
+                    counts["(told that the queue is full, and asked again)"] += 1
+                time.sleep(0.2)
+                got, raw = post(port, good)
             if got != 200:
                 return f"WRONG: {got} {raw[:200]!r}"
             return "right" if answer(raw) == right[clip, i] else f"WRONG: another answer {raw!r}"
@@ -149,7 +152,7 @@ def main() -> None:
     half = memory[len(memory) // 2 :]
     wrong = sum(count for said, count in counts.items() if said.startswith("WRONG"))
     result = {
-        "requests": sum(counts.values()),
+        "requests": sum(n for said, n in counts.items() if said[0] != "("),
         "wrong": wrong,
         "right": counts["right"],
         "memory_mib": [memory[0], half[0], memory[-1]],
