@@ -65,9 +65,9 @@ def run(name: str, seed: int, count: int) -> Scores:
     """Scores of one line."""
     torch.set_num_threads(1)
     kind = WholeFeatures if name.startswith(SAME) else StoryQA
-    scores = Scores()
-    for begin in range(0, count, CHUNK):
-        task = kind(Assistant.load(device="cpu"), "seen", seed + begin, min(CHUNK, count - begin))
+    scores, assistant = Scores(), Assistant.load(device="cpu")
+    for begin in range(0, count, CHUNK):  # a task each, which keeps features of its own stories
+        task = kind(assistant, "seen", seed + begin, min(CHUNK, count - begin))
         if isinstance(task, WholeFeatures):
             if not task._takes_features:
                 raise SystemExit(

@@ -70,6 +70,12 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def ends_of(model: Any) -> set[int]:
+    """The tokens that end an answer."""
+    ends = model.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [ends]) - {None}
+
+
 def metadata_of(video: Video) -> VideoMetadata:
     """The metadata of a clip from which a processor computes the true times of its frames.
 
@@ -134,6 +140,13 @@ class Assistant:
             source, dtype=dtype, attn_implementation=attention
         )
         return cls(model.to(device).eval(), AutoProcessor.from_pretrained(source))
+
+    def reader(self) -> Assistant:
+        """The same model for another thread to prepare inputs in.
+
+        Its processor is a copy, since a fast tokenizer cannot be used by two threads at once.
+        """
+        return Assistant(self.model, copy.deepcopy(self.processor))
 
     def prepare(self, video: Video, question: str) -> dict[str, Any]:
         """The model's inputs for one video and one question, on the model's device.
@@ -291,8 +304,8 @@ class Assistant:
             output = self.model.generate(**inputs, streamer=streamer, **generate)
         watch.timings.add_video(*before)
         new = output[0, inputs["input_ids"].shape[1] :]
-        tokenizer, ends = self.processor.tokenizer, self.model.generation_config.eos_token_id
-        ended = new.numel() > 0 and int(new[-1]) in (ends if isinstance(ends, list) else [ends])
+        tokenizer = self.processor.tokenizer
+        ended = new.numel() > 0 and int(new[-1]) in ends_of(self.model)
         return Answer(
             text=tokenizer.decode(new, skip_special_tokens=True).strip(),
             tokens=tuple(tokenizer.convert_ids_to_tokens(new.tolist())),

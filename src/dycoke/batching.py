@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from dycoke.assistant import GREEDY, Answer, Assistant
+from dycoke.assistant import GREEDY, Answer, Assistant, ends_of
 from dycoke.compressor import Compressor, Run
 from dycoke.core.steps import OnStep
 from dycoke.errors import UnsupportedError
@@ -199,7 +199,7 @@ def answer_rows(
             **inputs,
             **generate,
             max_new_tokens=max(row.max_new_tokens for row in rows),
-            stopping_criteria=[_Rows(rows, tokenizer, _ends(model), run)],
+            stopping_criteria=[_Rows(rows, tokenizer, ends_of(model), run)],
             **({} if "pad_token_id" in generate else {"pad_token_id": pad_of(assistant)}),
         )
     watch.timings.add_video(*before)
@@ -218,13 +218,7 @@ def answer_rows(
 def pad_of(assistant: Assistant) -> int:
     """The token that fills up prompts and answers that are shorter than others."""
     pad = assistant.processor.tokenizer.pad_token_id
-    return int(min(_ends(assistant.model)) if pad is None else pad)
-
-
-def _ends(model: Any) -> set[int]:
-    """The tokens that end an answer."""
-    ends = model.generation_config.eos_token_id
-    return set(ends if isinstance(ends, list) else [ends]) - {None}
+    return int(min(ends_of(assistant.model)) if pad is None else pad)
 
 
 def _of_sample(report: Report | None, sample: int) -> Report | None:

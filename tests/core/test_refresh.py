@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import oracle
 import pytest
 import tiny
 import torch
 from support import exact, families, generate, inputs_of, model_of
-from test_parity import ask_oracle, with_margin
+from test_parity import of_one_video
 
 from dycoke import DyCoke
 
@@ -100,16 +99,7 @@ def test_samples_refresh_apart(family: str, dictate: Any, monkeypatch: Any) -> N
 @families
 @pytest.mark.parametrize("merge", [0.0, 0.7])
 def test_the_trace_equals_the_oracle(family: str, merge: float) -> None:
-    visual: list[int] = []
-
-    def attempt(seed: int) -> list[oracle.Answer]:
-        inputs = inputs_of(family, [[7]], [(5, 7)], seed)
-        expected, judge = ask_oracle(model_of(family, seed=seed), family, inputs, merge, 0.7)
-        visual[:] = [i for i, row in enumerate(judge.rows) if row.visual]
-        return [expected]
-
-    seed, (expected,) = with_margin(7, attempt)
-    model, inputs = model_of(family, seed=seed), inputs_of(family, [[7]], [(5, 7)], seed)
+    expected, visual, model, inputs = of_one_video(family, merge)
     with DyCoke(merge_ratio=merge)(model, trace=True) as run:
         generate(model, inputs)
     assert run.trace is not None

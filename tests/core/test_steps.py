@@ -9,13 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
-import oracle
 import pytest
 import tiny
 import torch
 from support import answer, close, exact, families, generate, inputs_of, model_of, untouched
 from test_drop import Best
-from test_parity import ask_oracle, with_margin
+from test_parity import of_one_video
 
 from dycoke import DyCoke
 from dycoke.core.forward import Forward
@@ -85,16 +84,7 @@ def tokens(mask: torch.Tensor) -> set[int]:
 @families
 @pytest.mark.parametrize("merge", [0.0, 0.7])
 def test_steps_equal_the_oracle(family: str, merge: float) -> None:
-    visual: list[int] = []
-
-    def attempt(seed: int) -> list[oracle.Answer]:
-        inputs = inputs_of(family, [[7]], [(5, 7)], seed)
-        expected, judge = ask_oracle(model_of(family, seed=seed), family, inputs, merge, 0.7)
-        visual[:] = [i for i, row in enumerate(judge.rows) if row.visual]
-        return [expected]
-
-    seed, (expected,) = with_margin(7, attempt)
-    model, inputs = model_of(family, seed=seed), inputs_of(family, [[7]], [(5, 7)], seed)
+    expected, visual, model, inputs = of_one_video(family, merge)
     steps, _, output, _ = listening(
         model, DyCoke(merge_ratio=merge), lambda: generate(model, inputs)
     )

@@ -69,6 +69,21 @@ def with_margin(
     raise AssertionError(f"no seed of {TRIES} from {start} has margins above {margin}")
 
 
+def of_one_video(family: str, merge: float) -> tuple[oracle.Answer, list[int], Any, Any]:
+    """The oracle's answer about 7 frames, the rows of visual tokens, the model and its inputs."""
+    visual: list[int] = []
+
+    def attempt(seed: int) -> list[oracle.Answer]:
+        inputs = inputs_of(family, [[7]], [(5, 7)], seed)
+        expected, judge = ask_oracle(model_of(family, seed=seed), family, inputs, merge, 0.7)
+        visual[:] = [i for i, row in enumerate(judge.rows) if row.visual]
+        return [expected]
+
+    seed, (expected,) = with_margin(7, attempt)
+    inputs = inputs_of(family, [[7]], [(5, 7)], seed)
+    return expected, visual, model_of(family, seed=seed), inputs
+
+
 @cache
 def single(
     family: str, start: int, frames: int, K: float, P: float, L: int = 3, **options: Any

@@ -63,6 +63,8 @@ def test_a_refused_request_is_no_measurement(address: str) -> None:
         ({"methods": "full,nothing"}, "unknown method 'nothing'"),
         ({"video": Path("/no/such.mp4")}, "no such file"),
         ({"arch": "llava-onevision-0.5b"}, "exclude each other"),
+        ({"skip_ratio": 0.5}, "--serve and --skip-ratio exclude each other"),
+        ({"batch": 2}, "--serve and --batch exclude each other"),
     ],
 )
 def test_bad_options(options: dict[str, Any], says: str) -> None:

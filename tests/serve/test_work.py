@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -266,3 +268,25 @@ def test_sampling_with_a_seed_is_repeated_and_goes_alone(
     assert list(worker.batches) == [1, 1, 1]
     assert made[0][1].text == made[1][1].text != made[2][1].text
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_job_that_is_answered_is_free_at_once(
+    nano: Assistant, clip: Callable[[int], Path]
+) -> None:
+    """Frames and pixels of requests must not wait for the collector of cycles."""
+    worker = Worker(nano)
+    gc.collect()
+    gc.disable()
+    try:
+        known = []
+        for _ in range(3):
+            one, box = job(nano, read(clip(301), FRAMES))
+            worker.submit(one)
+            assert box.text
+            known.append(weakref.ref(one))
+            del one, box
+        worker.stop()
+        del worker
+        assert [ref() for ref in known] == [None] * 3
+    finally:
+        gc.enable()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import tempfile
 import time
@@ -88,8 +87,7 @@ class ModelAnswerer:
 
     def __init__(self, assistant: Assistant, spec: ModelSpec) -> None:
         self.assistant, self.spec = assistant, spec
-        # A fast tokenizer cannot be used by two threads at once, so the reader has its own.
-        self._reader = Assistant(assistant.model, copy.deepcopy(assistant.processor))
+        self._reader = assistant.reader()
         settings = {} if spec.compressor is None else spec.compressor.to_dict()
         self.stamp = Stamp(spec.method, settings, spec.model or NANO)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,22 @@ from typing import Any
 
 class BatchError(ValueError):
     """Something about a run that its user can mend; one line that says how."""
+
+
+def pyarrow(file: object) -> tuple[Any, Any]:
+    """The modules that read and write parquet.
+
+    Raises
+    ------
+    BatchError
+        Where they are not installed; it names ``file``.
+    """
+    try:
+        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise BatchError(
+            f"{file}: parquet needs pyarrow: pip install 'dycoke[batch]' brings it"
+        ) from None
 
 
 @dataclass(frozen=True)

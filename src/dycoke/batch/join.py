@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections import Counter
@@ -12,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dycoke.batch.items import BatchError
+from dycoke.batch.items import BatchError, pyarrow
 from dycoke.batch.rows import SECONDS, TOKENS
 from dycoke.batch.shards import Folder
 
@@ -95,13 +94,7 @@ def _jsonl(path: Path, rows: Iterator[dict[str, Any]]) -> int:
 
 def _parquet(path: Path, rows: Iterator[dict[str, Any]]) -> int:
     """Nested columns as they are; settings, whose fields are each method's own, as JSON."""
-    try:
-        pa: Any = importlib.import_module("pyarrow")
-        parquet: Any = importlib.import_module("pyarrow.parquet")
-    except ImportError:
-        raise BatchError(
-            f"{path.name[1:-4]}: parquet needs pyarrow: pip install 'dycoke[batch]' brings it"
-        ) from None
+    pa, parquet = pyarrow(path.name[1:-4])
     text, whole, real = pa.string(), pa.int64(), pa.float64()
     schema = pa.schema(
         {

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import csv
 import glob
-import importlib
 import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from dycoke.batch.items import BatchError, Entry, Item, Member, gather
+from dycoke.batch.items import BatchError, Entry, Item, Member, gather, pyarrow
 
 _KINDS = "3gp avi flv gif m2ts m4v mkv mov mp4 mpeg mpg mts ogv ts webm wmv"
 SUFFIXES = frozenset(f".{kind}" for kind in _KINDS.split())
@@ -172,13 +170,7 @@ def _csv(path: str) -> Iterator[tuple[str, object]]:
 
 
 def _parquet(path: str) -> Iterator[tuple[str, object]]:
-    try:
-        pyarrow: Any = importlib.import_module("pyarrow")
-        parquet: Any = importlib.import_module("pyarrow.parquet")
-    except ImportError:
-        raise BatchError(
-            f"{path}: parquet needs pyarrow: pip install 'dycoke[batch]' brings it"
-        ) from None
+    arrow, parquet = pyarrow(path)
     try:
         file = parquet.ParquetFile(path)
         if "video" not in file.schema_arrow.names:
@@ -190,7 +182,7 @@ def _parquet(path: str) -> Iterator[tuple[str, object]]:
             for line in batch.to_pylist():
                 number += 1
                 yield f"{path}, row {number}", line
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, arrow.ArrowException) as error:
         raise BatchError(f"{path}: cannot be read as parquet: {error}") from None
 
 

@@ -82,8 +82,21 @@ def bench(
         return
     options.exclusive(arch=arch, model=model)
     if serve:
-        options.exclusive(serve=serve, arch=arch)
-        options.exclusive(serve=serve, retention=retention)
+        for name, value in {
+            "arch": arch,
+            "retention": retention,
+            "echo": echo,
+            "echo_exact": echo_exact,
+            "skip_ratio": skip_ratio,
+            "skip_layer": skip_layer,
+            "stream": stream,
+            "layers": layers,
+            "vision_layers": vision_layers,
+            "attention": attention,
+            "batch": None if batch == 1 else batch,
+            "max_pixels": None if max_pixels == options.MAX_PIXELS else max_pixels,
+        }.items():
+            options.exclusive(serve=serve, **{name: value})
         options.check_folder(json_file)
         server = {"--model": model, "--device": device, "--dtype": dtype}
         given = [part for pair in server.items() if pair[1] is not None for part in pair]

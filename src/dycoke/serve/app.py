@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import hmac
-import tempfile
 import threading
 import time
 import uuid
@@ -39,10 +38,8 @@ from dycoke.serve.protocol import (
 )
 from dycoke.serve.steps import Event, Steps
 from dycoke.serve.viewer import Viewer
-from dycoke.serve.work import Job, Watcher, Worker, full
-from dycoke.video import Video, VideoError, read
-
-Emit = Callable[[tuple[Any, ...]], None]
+from dycoke.serve.work import Emit, Job, Watcher, Worker, full
+from dycoke.video import Video, read
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,8 @@ class Server:
             assistant, settings.max_batch, settings.max_waiting, settings.cache_bytes
         )
         self._threads = ThreadPoolExecutor(settings.threads, "dycoke-prepare")
-        # A fast tokenizer cannot be used by two threads at once.
+        # The threads share a reader, one at a time.
+        self._reader = assistant.reader()
         self._tokenizing = threading.Lock()
         self._preparing = 0
         self._started = int(time.time())
@@ -233,7 +231,7 @@ class Server:
                 videos.append(self._read(found, asked))
         decoded = time.perf_counter()
         with self._tokenizing:
-            inputs = self.assistant.prepare_chat(asked.turns, videos, images)
+            inputs = self._reader.prepare_chat(asked.turns, videos, images)
         default, most = self.settings.max_tokens
         limit = default if asked.max_tokens is None else asked.max_tokens
         if limit > most:
@@ -281,16 +279,8 @@ class Server:
 
     def _read(self, found: bytes | Path, asked: ChatRequest) -> Video:
         """The frames of a video."""
-        if isinstance(found, Path):
-            return self._frames(found, asked)
-        with tempfile.NamedTemporaryFile(prefix="dycoke-") as file:
-            file.write(found)
-            file.flush()
-            return replace(self._frames(Path(file.name), asked), path="video")
-
-    def _frames(self, path: Path, asked: ChatRequest) -> Video:
         most, pixels = self.settings.max_frames, self.settings.max_pixels
-        try:
+        with media.on_disk(found, "video") as path:
             count = asked.frames or self.settings.frames
             if asked.fps is not None:
                 count = max(1, round(read(path, 1, max_pixels=pixels).duration * asked.fps))
@@ -298,10 +288,7 @@ class Server:
                 raise ApiError(
                     400, f"{count} frames are more than this server's {most}", "media_io_kwargs"
                 )
-            return read(path, count, max_pixels=pixels)
-        except VideoError as error:
-            why = str(error).replace(str(path), "video").replace("'video'", "video")
-            raise ApiError(422, why, "messages", "unreadable_video") from None
+            return replace(read(path, count, max_pixels=pixels), path="video")
 
 
 class _Around:

@@ -13,16 +13,18 @@ import io
 import ipaddress
 import socket
 import ssl
+import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urljoin, urlsplit
 
 from dycoke.serve.protocol import ApiError
+from dycoke.video import VideoError
 
 PIECE = 1 << 16
 PARAM = "messages"
@@ -225,6 +227,34 @@ class _Connection(http.client.HTTPConnection):
 def _cut(sock: socket.socket) -> None:
     with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def on_disk(data: bytes | Path, name: str) -> Iterator[Path]:
+    """The file of a video, for as long as it is read.
+
+    Parameters
+    ----------
+    data : its bytes, or where it is.
+    name : what messages call it.
+
+    Raises
+    ------
+    ApiError
+        422 for a `VideoError` inside the block.
+    """
+    with ExitStack() as stack:
+        path = data if isinstance(data, Path) else None
+        if isinstance(data, bytes):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dycoke-"))
+            path = Path(folder) / "clip"
+            path.write_bytes(data)
+        assert path is not None
+        try:
+            yield path
+        except VideoError as error:
+            why = str(error).replace(repr(str(path)), name).replace(str(path), name)
+            raise ApiError(422, why, PARAM, "unreadable_video") from None
 
 
 def as_image(data: bytes | Path) -> Any:

@@ -34,8 +34,10 @@ from dycoke.errors import UnsupportedError
 from dycoke.methods import METHODS, create
 from dycoke.methods.dycoke import DyCoke
 from dycoke.nano import stories
+from dycoke.serve import media
+from dycoke.serve.protocol import ApiError
 from dycoke.serve.steps import Event, Steps
-from dycoke.video import Video, VideoError, read
+from dycoke.video import Video, read
 
 Submit = Callable[[Callable[[], None]], Any]
 """Runs a job in the thread that generates, in turn; raises `queue.Full` where too many wait."""
@@ -58,19 +60,6 @@ SHOWN = (3, 23, 14, 6, 18, 1)  # seeds of the stories that the page offers
 LONGEST_QUESTION, MOST_FRAMES, MOST_WORDS = 4000, 128, 512
 MAX_BYTES = 64 << 20
 LOOK_EVERY = 0.5  # seconds after which a silent connection is looked at
-
-
-class Refused(Exception):
-    """A request that cannot be answered: status, and one line that says why."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-    def response(self) -> Response:
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": str(self), "type": kind, "param": None, "code": None}
-        return JSONResponse({"error": error}, self.status, HEADERS)
 
 
 class _Left(Exception):
@@ -134,7 +123,7 @@ class Viewer:
     async def _picture(self, request: Request) -> Response:
         seed = int(request.path_params["seed"])
         if seed not in SHOWN:
-            return Refused(404, f"there is no story {seed} here").response()
+            return _refusal(ApiError(404, f"there is no story {seed} here"))
         picture = await asyncio.to_thread(story_picture, seed)
         return Response(picture, media_type="image/jpeg", headers=HEADERS)
 
@@ -148,9 +137,9 @@ class Viewer:
             try:
                 self._submit(functools.partial(self._answer, asked, video, inbox, began))
             except Exception as error:
-                raise Refused(429, "too many questions are waiting; try again") from error
-        except Refused as error:
-            return error.response()
+                raise ApiError(429, "too many questions are waiting; try again") from error
+        except ApiError as error:
+            return _refusal(error)
         return StreamingResponse(
             inbox.lines(request), media_type="application/x-ndjson", headers=HEADERS
         )
@@ -159,7 +148,7 @@ class Viewer:
         """The story that was chosen, or the clip in the request's body."""
         if asked.story is not None:
             return await asyncio.to_thread(story_video, asked.story, asked.frames)
-        too_large = Refused(413, f"the clip is larger than {self.max_bytes >> 20} MiB")
+        too_large = ApiError(413, f"the clip is larger than {self.max_bytes >> 20} MiB")
         if int(request.headers.get("content-length", 0)) > self.max_bytes:
             raise too_large
         data = bytearray()
@@ -168,7 +157,7 @@ class Viewer:
             if len(data) > self.max_bytes:
                 raise too_large
         if not data:
-            raise Refused(400, "there is no clip: the request's body is empty")
+            raise ApiError(400, "there is no clip: the request's body is empty")
         return await asyncio.to_thread(clip_video, bytes(data), asked)
 
     def _answer(self, asked: Asked, video: Video, inbox: _Inbox, began: float) -> None:
@@ -226,9 +215,9 @@ class Asked:
     def __init__(self, values: Any, frames: int) -> None:
         self.question: str = values.get("question", "").strip()
         if not self.question:
-            raise Refused(400, "there is no question")
+            raise ApiError(400, "there is no question")
         if len(self.question) > LONGEST_QUESTION:
-            raise Refused(400, f"the question is longer than {LONGEST_QUESTION} characters")
+            raise ApiError(400, f"the question is longer than {LONGEST_QUESTION} characters")
         self.file: str = Path(values.get("name") or "the clip").name[:80]
         self.frames = _count(values, "frames", frames, MOST_FRAMES)
         self.words = _count(values, "words", 128, MOST_WORDS)
@@ -240,7 +229,7 @@ class Asked:
 
     @classmethod
     def of(cls, values: Any, frames: int) -> Asked:
-        """From a request's query; raises `Refused`."""
+        """From a request's query; raises `ApiError`."""
         return cls(values, frames)
 
     @property
@@ -275,6 +264,10 @@ class _Inbox:
             self.left.set()
 
 
+def _refusal(error: ApiError) -> Response:
+    return JSONResponse(error.body, error.status, HEADERS)
+
+
 def _file(name: str, kind: str, request: Request) -> Response:
     content = resources.files("dycoke.serve").joinpath("static", name).read_bytes()
     return Response(content, headers={**HEADERS, "content-type": kind})
@@ -284,13 +277,13 @@ def _same_origin(request: Request) -> None:
     """Refuse what another site's page sends: its visitors' browsers could reach this one."""
     origin = request.headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-        raise Refused(403, f"a page of {origin} may not ask here")
+        raise ApiError(403, f"a page of {origin} may not ask here")
 
 
 def _count(values: Any, name: str, default: int, most: int, least: int = 1) -> int:
     text = values.get(name) or str(default)
     if not text.isascii() or not text.isdecimal() or not least <= int(text) <= most:
-        raise Refused(400, f"{name} must be a number from {least} to {most}, got {text[:40]!r}")
+        raise ApiError(400, f"{name} must be a number from {least} to {most}, got {text[:40]!r}")
     return int(text)
 
 
@@ -305,18 +298,13 @@ def _method(name: str, settings: str | None) -> Compressor:
         assert method is not None
         return method if not given else type(method).from_dict({**method.to_dict(), **given})
     except (TypeError, ValueError) as error:
-        raise Refused(400, str(error)) from None
+        raise ApiError(400, str(error)) from None
 
 
 def clip_video(data: bytes, asked: Asked) -> Video:
-    """The frames of an uploaded file; raises `Refused` in its own name."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "clip"
-        path.write_bytes(data)
-        try:
-            return read(path, asked.frames)
-        except VideoError as error:
-            raise Refused(422, str(error).replace(str(path), asked.file)) from None
+    """The frames of an uploaded file; raises `ApiError` in its own name."""
+    with media.on_disk(data, asked.file) as path:
+        return read(path, asked.frames)
 
 
 @functools.lru_cache(maxsize=8)

@@ -22,6 +22,7 @@ from dycoke.video import Video
 
 LOG = logging.getLogger("dycoke.serve")
 Call = Callable[[], None]
+Emit = Callable[[tuple[Any, ...]], None]
 
 
 class Watcher(Protocol):
@@ -59,7 +60,7 @@ class Job:
     generate: Mapping[str, Any]
     seed: int | None
     row: Row
-    emit: Callable[[tuple[Any, ...]], None]
+    emit: Emit
     watch: Callable[[int], Watcher] | None = None
     before: tuple[float, float] = (0.0, 0.0)
 
@@ -225,7 +226,7 @@ class Worker:
                 watcher(step)
 
         for job in jobs:
-            job.row.on_token = _teller(job)
+            job.row.on_token = _teller(job.emit)
         with torch.random.fork_rng(enabled=first.seed is not None):
             if first.seed is not None:
                 torch.manual_seed(first.seed)
@@ -296,8 +297,12 @@ def _sum(watching: Timings, asking: Timings) -> Timings:
     return Timings(**both, **own)
 
 
-def _teller(job: Job) -> Callable[[Row, str], None]:
+def _teller(emit: Emit) -> Callable[[Row, str], None]:
+    """What a row tells; it must not know its job, or both stay until cycles are collected, with the
+    job's frames and pixels.
+    """
+
     def tell(row: Row, piece: str) -> None:
-        job.emit(("text", piece))
+        emit(("text", piece))
 
     return tell
