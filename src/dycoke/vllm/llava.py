@@ -1,0 +1,158 @@
+"""LLaVA-OneVision and LLaVA-NeXT-Video in vLLM, with original positions.
+
+vLLM numbers the positions of a model with plain RoPE through. Declared to have three axes
+(`dycoke.vllm.plugin.three_axes`) it takes the positions that the model says, the same on each.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.models import llava_next_video as next_video
+from vllm.model_executor.models import llava_onevision as onevision
+from vllm.model_executor.models.interfaces import SupportsMRoPE, SupportsMultiModalPruning
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.parse import VideoProcessorItems
+
+from dycoke.vllm import VARIABLE
+from dycoke.vllm.counts import keep_mask, kept_count, parse
+from dycoke.vllm.places import Media, put, tag, whole_positions
+
+ROPE_FACTOR = 4
+"""How many times ``max_position_embeddings`` vLLM's table of rotations for three axes is long."""
+
+
+class _Counting:
+    """How many tokens of a video stay, where vLLM asks how many it has."""
+
+    def get_num_video_tokens(self, *, image_width: int, image_height: int, num_frames: int) -> int:
+        size = {"image_width": image_width, "image_height": image_height}
+        tokens = self._get_num_frame_tokens(**size)  # type: ignore[attr-defined]
+        whole = super().get_num_video_tokens(num_frames=num_frames, **size)  # type: ignore[misc]
+        newline: int = whole - num_frames * tokens
+        return kept_count(parse(os.environ[VARIABLE]), num_frames, tokens) + newline
+
+
+class _Checking:
+    """Refuses a video whose positions, which stay, are beyond the model's table."""
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
+    ) -> Sequence[Any]:
+        info: Any = self.info  # type: ignore[attr-defined]
+        limit = ROPE_FACTOR * info.get_hf_config().get_text_config().max_position_embeddings
+        if "video" in mm_items:
+            videos = mm_items.get_items("video", VideoProcessorItems)
+            for index in range(videos.get_count()):
+                size, frames = videos.get_frame_size(index), videos.get_num_frames(index)
+                tokens = info._get_num_frame_tokens(
+                    image_width=size.width, image_height=size.height
+                )
+                if frames * tokens >= limit:
+                    raise ValueError(
+                        f"{frames} frames of {tokens} tokens reach beyond {limit} positions, "
+                        "which is where this model's end; send fewer frames"
+                    )
+        rest = (mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        updates: Sequence[Any] = super()._get_prompt_updates(*rest)  # type: ignore[misc]
+        return updates
+
+
+class _Pruning(SupportsMRoPE, SupportsMultiModalPruning):
+    """What both models do with positions."""
+
+    config: Any
+
+    def _kept(self, videos: Iterable[Tensor], pixels: Iterable[Tensor]) -> list[Tensor]:
+        """Features of videos without what leaves; rows after the last frame's stay."""
+        method = parse(os.environ[VARIABLE])
+        out = []
+        for rows, frames in zip(videos, map(len, pixels), strict=True):
+            rows = rows.reshape(-1, rows.shape[-1])
+            tail = len(rows) - frames * self._per_frame()
+            keep = keep_mask(method, rows[: len(rows) - tail], frames)
+            keep = torch.cat([keep, keep.new_ones(tail)])
+            out.append(tag(rows[keep], keep.nonzero().expand(-1, 3)))
+        return out
+
+    def _per_frame(self) -> int:
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        stride = getattr(self.config, "spatial_pool_stride", 2)
+        return int((-(-side // stride)) ** 2)
+
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: list[Any]
+    ) -> tuple[Tensor, int]:
+        media = []
+        for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
+            place = feature.mm_position
+            rows = place.length
+            if feature.modality == "video":
+                frames = len(feature.data["pixel_values_videos"].data)
+                kept = kept_count(parse(os.environ[VARIABLE]), frames, self._per_frame())
+                rows += frames * self._per_frame() - kept
+            media.append(Media(place.offset, place.length, [0] * rows))
+        return whole_positions(
+            input_tokens, media, lambda whole, _: torch.arange(len(whole)).expand(3, -1)
+        )
+
+    def recompute_mrope_positions(
+        self,
+        input_ids: Any,
+        multimodal_embeddings: Sequence[Tensor],
+        mrope_positions: Tensor,
+        num_computed_tokens: int,
+    ) -> tuple[list[Tensor], Tensor, int]:
+        ids = [self.config.video_token_index, self.config.image_token_index]
+        return put(input_ids, ids, multimodal_embeddings, mrope_positions, num_computed_tokens)
+
+
+class _OnevisionInfo(_Counting, onevision.LlavaOnevisionProcessingInfo):
+    pass
+
+
+class _OnevisionProcessor(_Checking, onevision.LlavaOnevisionMultiModalProcessor):
+    pass
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    _OnevisionProcessor,
+    info=_OnevisionInfo,
+    dummy_inputs=onevision.LlavaOnevisionDummyInputsBuilder,
+)
+class DyCokeLlavaOnevision(_Pruning, onevision.LlavaOnevisionForConditionalGeneration):
+    """The stock class, whose videos lose tokens and whose rows say where they stand."""
+
+    def _process_video_pixels(self, inputs: Any) -> list[Tensor]:
+        return self._kept(super()._process_video_pixels(inputs), inputs["pixel_values_videos"])
+
+    def _process_image_input(self, image_input: Any) -> list[Tensor]:
+        return [
+            tag(rows, torch.arange(len(rows))[:, None].expand(-1, 3))
+            for rows in super()._process_image_input(image_input)
+        ]
+
+
+class _NextVideoInfo(_Counting, next_video.LlavaNextVideoProcessingInfo):
+    pass
+
+
+class _NextVideoProcessor(_Checking, next_video.LlavaNextVideoMultiModalProcessor):
+    pass
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    _NextVideoProcessor,
+    info=_NextVideoInfo,
+    dummy_inputs=next_video.LlavaNextVideoDummyInputsBuilder,
+)
+class DyCokeLlavaNextVideo(_Pruning, next_video.LlavaNextVideoForConditionalGeneration):
+    """The stock class, whose videos lose tokens and whose rows say where they stand."""
+
+    def _process_video_pixels(self, inputs: Any) -> list[Tensor]:
+        return self._kept(super()._process_video_pixels(inputs), inputs["pixel_values_videos"])
