@@ -65,7 +65,8 @@ def _check(method: Compressor) -> None:
     if type(method) not in (DyCoke, RandomTokens, EVS):
         raise UnsupportedError(
             "vLLM must know from a video's shape how many tokens stay, and "
-            f"{type(method).__name__} does not say so; use dycoke, random or evs, or `dycoke serve`, which has all methods"
+            f"{type(method).__name__} does not say so; use dycoke, random or evs, or `dycoke "
+            "serve`, which has all methods"
         )
     refused = {
         "prune_ratio": (method.prune_ratio, 0, "a paged cache cannot choose rows per step"),
