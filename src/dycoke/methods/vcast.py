@@ -62,7 +62,7 @@ def outstanding(features: Tensor, centres: Tensor) -> Tensor:
     and longest (1).
     """
     apart = 1 - F.cosine_similarity(features, centres[:, None], dim=-1)
-    length = features.norm(dim=-1)
+    length = torch.linalg.vector_norm(features, dim=-1)
     low, high = length.amin(1, keepdim=True), length.amax(1, keepdim=True)
     return apart + (length - low) / (high - low + 1e-6)
 
