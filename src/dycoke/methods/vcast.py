@@ -61,8 +61,8 @@ def outstanding(features: Tensor, centres: Tensor) -> Tensor:
     Its distance in direction from the frame's mean, and its length between the frame's shortest (0)
     and longest (1).
     """
-    apart: Tensor = 1 - F.cosine_similarity(features, centres[:, None], dim=-1)
-    length = features.norm(dim=-1)
+    apart = 1 - F.cosine_similarity(features, centres[:, None], dim=-1)
+    length: Tensor = features.norm(dim=-1)
     low, high = length.amin(1, keepdim=True), length.amax(1, keepdim=True)
     return apart + (length - low) / (high - low + 1e-6)
 
