@@ -30,6 +30,7 @@ from dycoke.methods.flashvid import FlashVID
 from dycoke.methods.holitom import HoliTom
 from dycoke.methods.prumerge import LLaVAPruMerge
 from dycoke.methods.registry import METHODS, Entry, from_dict, register, to_dict
+from dycoke.methods.vcast import VCast
 from dycoke.methods.vidcom2 import VidCom2
 from dycoke.methods.visionzip import VisionZip
 
@@ -103,6 +104,13 @@ for _entry in (
         EVS,
         paper="https://arxiv.org/abs/2510.14624",
         source="https://github.com/vllm-project/vllm",
+    ),
+    Entry(
+        "vcast",
+        "what stands out in its frame, more where the video turns",
+        VCast,
+        paper="https://arxiv.org/abs/2603.27650",
+        source="https://github.com/xinyouu/V-CAST",
     ),
     Entry(
         "fastvid",
@@ -200,6 +208,7 @@ __all__ = [
     "Reducer",
     "ScoreBased",
     "TwoStage",
+    "VCast",
     "VidCom2",
     "VideoContext",
     "VisionZip",
