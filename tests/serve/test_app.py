@@ -120,6 +120,41 @@ def test_a_conversation_goes_on(ask: Any, clip: Callable[[int], Path], server: S
     assert later.usage.prompt_tokens_details.cached_tokens > 800
 
 
+def test_a_video_is_processed_once(
+    nano: Assistant, clip: Callable[[int], Path], ask: Any, server: Server, monkeypatch: Any
+) -> None:
+    """The first question takes the processor once, the next ones the tokenizer alone."""
+    counted: list[str] = []
+    for whose, assistant in (("reader", server._reader), ("own", nano)):
+        inner = assistant.processor.video_processor
+        monkeypatch.setattr(
+            assistant.processor,
+            "video_processor",
+            Counting(inner, functools.partial(counted.append, whose)),
+        )
+    questions = (TELL, "How many events are there?", "What stays still?")
+    texts = [ask(313, question=question).choices[0].message.content for question in questions]
+    assert counted == ["reader"]
+    for question, text in zip(questions, texts, strict=True):
+        alone = nano.ask(clip(313), question, create("dycoke"), frames=FRAMES, max_new_tokens=256)
+        assert text == alone.text
+    assert len(set(texts)) == 3
+
+
+class Counting:
+    """A video processor, and how often it was called."""
+
+    def __init__(self, inner: Any, called: Callable[[], None]) -> None:
+        self._inner, self._called = inner, called
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        self._called()
+        return self._inner(*args, **more)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
 def test_two_videos_images_and_plain_text(ask: Any, clip: Callable[[int], Path]) -> None:
     parts = [
         part for seed in (301, 302) for part in ask_about(data_url(clip(seed)), "x")[0]["content"]

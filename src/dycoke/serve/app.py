@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -230,8 +230,19 @@ class Server:
             else:
                 videos.append(self._read(found, asked))
         decoded = time.perf_counter()
+        # A step's masks come with the video's own forward, which a kept one has behind it.
+        key = None
+        if not asked.steps:
+            key = self.worker.key_of(asked.turns, videos, images, compressor)
+        seen = None if key is None else self.worker.cache.get(key)
         with self._tokenizing:
-            inputs = self._reader.prepare_chat(asked.turns, videos, images)
+            inputs = None
+            if seen is not None:
+                with suppress(ValueError):  # this conversation does not begin with it
+                    inputs = {"input_ids": seen.tokens(asked.turns, self._reader)}
+            if inputs is None:
+                seen = None
+                inputs = self._reader.prepare_chat(asked.turns, videos, images)
         default, most = self.settings.max_tokens
         limit = default if asked.max_tokens is None else asked.max_tokens
         if limit > most:
@@ -250,6 +261,8 @@ class Server:
             emit=emit,
             watch=self._watch(videos, row, emit) if asked.steps else None,
             before=(decoded - began, time.perf_counter() - decoded),
+            seen=seen,
+            video_key=key,
         )
 
     def _watch(self, videos: Sequence[Video], row: Row, emit: Emit) -> Callable[[int], Watcher]:
