@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import threading
@@ -19,7 +20,7 @@ from dycoke import DyCoke
 from dycoke.assistant import Assistant
 from dycoke.methods import create
 from dycoke.nano import stories
-from dycoke.serve.app import Server, Settings, compressor_of
+from dycoke.serve.app import Server, Settings
 
 openai = pytest.importorskip("openai")
 
@@ -208,7 +209,7 @@ def test_files(ask: Any, folder: Path, clip: Callable[[int], Path]) -> None:
         ({"dycoke": {"method": "nothing"}}, 400, "unknown method 'nothing'"),
         ({"dycoke": {"merge_ratio": 7}}, 400, "merge_ratio must be in"),
         ({"dycoke": {"merge_ratio": "7"}}, 400, "merge_ratio must be a number"),
-        ({"dycoke": {"ratio": 0.5}}, 400, "no settings ratio"),
+        ({"dycoke": {"ratio": 0.5}}, 400, "DyCoke has no setting 'ratio'"),
         ({"dycoke": {"off": True, "echo": 1}}, 400, "off must be true, alone"),
         ({"dycoke": {"token_budget": [5]}}, 400, "token_budget"),
         ({"media_io_kwargs": {"video": {"num_frames": 65}}}, 400, "65 frames are more than"),
@@ -293,16 +294,6 @@ def test_a_server_that_stops_finishes_what_it_began(
     assert "".join(texts) == alone(nano, clip(301)).text
 
 
-def test_settings_without_a_method_change_the_servers_own() -> None:
-    default = create("dycoke+")
-    assert compressor_of({"merge_ratio": 0.5}, default) == DyCoke.plus(merge_ratio=0.5)
-    assert compressor_of({"method": "dycoke", "echo": 0.5}, default) == DyCoke(echo=0.5)
-    assert compressor_of({}, None) == DyCoke()
-    assert compressor_of({"method": "full"}, default) is None
-    with pytest.raises(ValueError, match="the full model has no settings"):
-        compressor_of({"method": "full", "echo": 0.5}, default)
-
-
 def test_steps_come_with_the_words(ask: Any, nano: Assistant, clip: Callable[[int], Path]) -> None:
     text = alone(nano, clip(301), create("dycoke"), 12).text
     chunks = list(ask(stream=True, max_tokens=12, extra_body={"dycoke": {"steps": True}}))
@@ -313,6 +304,15 @@ def test_steps_come_with_the_words(ask: Any, nano: Assistant, clip: Callable[[in
     assert "".join(event["text"] for event in events[1:]).strip() == text
     words = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(words) == text
+    chunks = list(
+        ask(stream=True, max_tokens=4, extra_body={"dycoke": {"off": True, "steps": True}})
+    )
+    told = [getattr(chunk, "dycoke", None) or {} for chunk in chunks]
+    start, *full = [event for event in told if "event" in event]
+    every = base64.b64encode(b"\xff" * 108).decode()  # 864 tokens
+    assert start["keep"] == every and [event["active"] for event in full] == [every] * 4
+    words = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(words) == alone(nano, clip(301), None, 4).text
     two = [part for _ in range(2) for part in ask_about(data_url(clip(301)), "x")[0]["content"]]
     with pytest.raises(openai.BadRequestError, match="steps are of one video, got 2"):
         ask(messages=[{"role": "user", "content": two}], extra_body={"dycoke": {"steps": True}})

@@ -8,7 +8,7 @@ import hmac
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ from dycoke import __version__
 from dycoke.assistant import Answer, Assistant
 from dycoke.batching import Row
 from dycoke.compressor import Compressor
-from dycoke.methods import create
+from dycoke.methods import choose
 from dycoke.serve import media
 from dycoke.serve.media import Policy
 from dycoke.serve.metrics import Metrics
@@ -36,7 +36,7 @@ from dycoke.serve.protocol import (
     parse_chat,
     parse_json,
 )
-from dycoke.serve.steps import Event, Steps
+from dycoke.serve.steps import WATCHED_FULL, Event, Steps
 from dycoke.serve.viewer import Viewer
 from dycoke.serve.work import Emit, Job, Watcher, Worker, full
 from dycoke.video import Video, read
@@ -203,12 +203,13 @@ class Server:
 
     def _compressor(self, asked: ChatRequest) -> Compressor | None:
         """What a request's ``dycoke`` field says."""
-        if asked.compress is None:
-            return self.settings.compressor
-        try:
-            return compressor_of(asked.compress, self.settings.compressor)
-        except (TypeError, ValueError) as error:
-            raise ApiError(400, f"dycoke: {error}", "dycoke") from None
+        method = self.settings.compressor
+        if asked.compress is not None:
+            try:
+                method = choose(asked.compress, method)
+            except (TypeError, ValueError) as error:
+                raise ApiError(400, f"dycoke: {error}", "dycoke") from None
+        return WATCHED_FULL if method is None and asked.steps else method
 
     def _prepare(
         self,
@@ -426,43 +427,6 @@ class _Replies:
         ):
             self._metrics.add(f"dycoke_{name}_total", amount)
         return Usage(prompt, new, visual, kept, cached)
-
-
-def compressor_of(given: Mapping[str, Any], default: Compressor | None = None) -> Compressor | None:
-    """The method that a request's settings name.
-
-    Parameters
-    ----------
-    given : ``off`` alone; or ``method``, ``retention``, and settings of the method. Without a
-        method, settings change those of ``default``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        For what no method has, or does not take.
-    """
-    settings = dict(given)
-    if "off" in settings:
-        off = settings.pop("off")
-        if not isinstance(off, bool) or (off and settings):
-            raise ValueError(f"off must be true, alone, or false, got {given!r}")
-        if off:
-            return None
-    name, retention = settings.pop("method", None), settings.pop("retention", None)
-    if name is None and default is not None and retention is None:
-        method: Compressor | None = default
-    elif name is not None and not isinstance(name, str):
-        raise TypeError(f"method must be a name, got {name!r}")
-    else:
-        method = create(name or "dycoke", retention=retention)
-    if method is None:
-        if settings:
-            raise ValueError(f"the full model has no settings, got {settings!r}")
-        return None
-    if unknown := settings.keys() - method.setting_names():
-        known = ", ".join(sorted(method.setting_names()))
-        raise ValueError(f"no settings {', '.join(sorted(unknown))}; there are {known}")
-    return replace(method, **settings)
 
 
 def _report(answer: Answer) -> dict[str, Any] | None:

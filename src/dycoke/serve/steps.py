@@ -17,9 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from dycoke.core.steps import SampleStep, Step, VideoMasks
+from dycoke.methods.dycoke import DyCoke
 from dycoke.video import Video
 
 Event = dict[str, Any]
+WATCHED_FULL = DyCoke(merge_ratio=0, prune_ratio=0)
+"""The full model for one who watches: it removes nothing, and has steps."""
 LONGEST = 192  # longer side of a frame's picture, in pixels
 UNFINISHED = "\ufffd"  # what a tokenizer makes of half a character
 

@@ -31,12 +31,11 @@ from dycoke import nano
 from dycoke.assistant import Assistant
 from dycoke.compressor import Compressor
 from dycoke.errors import UnsupportedError
-from dycoke.methods import METHODS, create
-from dycoke.methods.dycoke import DyCoke
+from dycoke.methods import METHODS, choose
 from dycoke.nano import stories
 from dycoke.serve import media
 from dycoke.serve.protocol import ApiError
-from dycoke.serve.steps import Event, Steps
+from dycoke.serve.steps import WATCHED_FULL, Event, Steps
 from dycoke.video import Video, read
 
 Submit = Callable[[Callable[[], None]], Any]
@@ -292,12 +291,8 @@ def _method(name: str, settings: str | None) -> Compressor:
         given = json.loads(settings) if settings else {}
         if not isinstance(given, dict):
             raise TypeError(f"settings must be an object, got {settings!r}")
-        if name == "full":
-            return DyCoke(merge_ratio=0, prune_ratio=0)
-        method = create(name)
-        assert method is not None
-        return method if not given else type(method).from_dict({**method.to_dict(), **given})
-    except (TypeError, ValueError) as error:
+        return choose({**given, "method": name}) or WATCHED_FULL
+    except (TypeError, ValueError, RecursionError) as error:
         raise ApiError(400, str(error)) from None
 
 
