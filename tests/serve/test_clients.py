@@ -51,7 +51,7 @@ class TestLangChain:
             assert got.content == told.text
             assert got.usage_metadata["input_tokens"] == 877
             assert got.usage_metadata["output_tokens"] == len(told.tokens)
-            assert got.response_metadata["finish_reason"] == "length"
+            assert got.response_metadata["finish_reason"] == told.finish_reason
 
     def test_stream_and_usage(self, chat: Any, messages: Any, expected: Any) -> None:
         chunks = list(chat(stream_usage=True).stream(messages))
@@ -90,7 +90,7 @@ class TestLiteLlm:
             told = expected(name)
             got = complete(messages, extra_body={"dycoke": {"method": name}})
             (choice,) = got.choices
-            assert (choice.message.content, choice.finish_reason) == (told.text, "length")
+            assert (choice.message.content, choice.finish_reason) == (told.text, told.finish_reason)
             assert got.usage.prompt_tokens == 877
             assert got.usage.completion_tokens == len(told.tokens)
 

@@ -44,6 +44,7 @@ def test_data_comes_back(data: bytes) -> None:
     ("url", "status"),
     [
         ("data:video/mp4;base64", 400),
+        ("data:,\ud800", 400),
         ("data:;base64,A", 400),
         ("data:;base64,AA==A*", 400),
         ("data:;base64," + "A" * 1400, 413),

@@ -129,11 +129,18 @@ def test_what_is_wrong_is_named(more: dict[str, Any], status: int, param: str | 
     assert refused(status, **more).param == param
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"a": NaN}', b"[" * 100_000])
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"a": NaN}', b"[" * 100_000,
+                                  b'["\\ud800"]', b'{"\\uDFFF": 1}', b'["\xed\xa0\x80"]',
+                                  '["é"]'.encode("utf-16")])  # fmt: skip
 def test_what_is_no_json(body: bytes) -> None:
     with pytest.raises(ApiError) as caught:
         parse_json(body)
     assert caught.value.status == 400
+
+
+def test_characters_of_two_halves() -> None:
+    assert parse_json(b'["\\ud83d\\ude00", "\\u00e9"]') == ["😀", "é"]
+    assert parse_json("\ufeff[1]".encode()) == [1]
 
 
 JSON = st.recursive(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dycoke.errors import UnsupportedError
 
+HALVES = re.compile(r"\\u[dD][89a-fA-F]")
 MOST_TEXT = 1 << 20  # characters of a conversation
 # Named, since to ignore them would give another answer than was asked for.
 REFUSED = {
@@ -84,13 +86,17 @@ class ChatRequest:
 
 
 def parse_json(body: bytes) -> Any:
-    """JSON, without the numbers that it does not have."""
+    """JSON in UTF-8, without the numbers that it does not have, or halves of characters."""
 
     def no_number(name: str) -> Any:
         raise ApiError(400, f"{name} is no number of JSON")
 
     try:
-        return json.loads(body, parse_constant=no_number)
+        text = body.decode("utf-8-sig")
+        made = json.loads(text, parse_constant=no_number)
+        if HALVES.search(text):  # two of them can be one character
+            json.dumps(made, ensure_ascii=False).encode()
+        return made
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {error}") from None
 
