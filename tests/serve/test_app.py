@@ -300,7 +300,8 @@ def test_steps_come_with_the_words(ask: Any, nano: Assistant, clip: Callable[[in
     told: list[dict[str, Any]] = [getattr(chunk, "dycoke", None) or {} for chunk in chunks]
     events = [event for event in told if "event" in event]
     assert [event["event"] for event in events] == ["start"] + ["word"] * 12
-    assert (events[0]["tokens"], len(events[0]["frames"])) == (864, 24)
+    (shown,) = events[0]["videos"]
+    assert (shown["tokens"], len(shown["frames"])) == (864, 24)
     assert "".join(event["text"] for event in events[1:]).strip() == text
     words = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(words) == text
@@ -310,12 +311,19 @@ def test_steps_come_with_the_words(ask: Any, nano: Assistant, clip: Callable[[in
     told = [getattr(chunk, "dycoke", None) or {} for chunk in chunks]
     start, *full = [event for event in told if "event" in event]
     every = base64.b64encode(b"\xff" * 108).decode()  # 864 tokens
-    assert start["keep"] == every and [event["active"] for event in full] == [every] * 4
+    assert (
+        start["videos"][0]["keep"] == every and [event["active"] for event in full] == [every] * 4
+    )
     words = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(words) == alone(nano, clip(301), None, 4).text
     two = [part for _ in range(2) for part in ask_about(data_url(clip(301)), "x")[0]["content"]]
-    with pytest.raises(openai.BadRequestError, match="steps are of one video, got 2"):
-        ask(messages=[{"role": "user", "content": two}], extra_body={"dycoke": {"steps": True}})
+    more: Any = {"extra_body": {"dycoke": {"steps": True}}, "stream": True, "max_tokens": 3}
+    chunks = list(ask(messages=[{"role": "user", "content": two}], **more))
+    told = [getattr(chunk, "dycoke", None) or {} for chunk in chunks]
+    (start,) = [event for event in told if event.get("event") == "start"]
+    assert [video["tokens"] for video in start["videos"]] == [864, 864]
+    with pytest.raises(openai.BadRequestError, match="steps are of videos, and there is none"):
+        ask(messages=[{"role": "user", "content": "hello"}], **more)
 
 
 def _wait(gate: threading.Event) -> None:

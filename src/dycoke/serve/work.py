@@ -246,7 +246,7 @@ class Worker:
                 [job.row for job in jobs],
                 first.compressor,
                 on_step=listen if listening and first.compressor is not None else None,
-                frame_source=self._frame_source(first),
+                frame_source=source_of(self.assistant, first.videos),
                 before=max(job.before for job in jobs),
                 **first.generate,
             )
@@ -256,12 +256,6 @@ class Worker:
             if watcher is not None:
                 watcher.finish(job.row.ids[-1] if job.row.ids else None)
         return answers, cached
-
-    def _frame_source(self, job: Job) -> FrameSource | None:
-        source = frame_source_of(self.assistant.model.config)
-        if source == "images" and len(job.videos) > 1:
-            return tuple(len(video.frames) for video in job.videos)
-        return source
 
     def _inputs(self, jobs: list[Job]) -> tuple[Mapping[str, Any], int, Timings | None]:
         """The batch's inputs, how many of its prompt's tokens were there already, and what watching
@@ -305,6 +299,14 @@ class Worker:
         if role != "user" or not content or content[0]["type"] != "video":
             return None
         return content_of(videos[0]), method
+
+
+def source_of(assistant: Assistant, videos: Sequence[Video]) -> FrameSource | None:
+    """Where the frames of a prompt with these videos are, see `Compressor.__call__`."""
+    source = frame_source_of(assistant.model.config)
+    if source == "images" and len(videos) > 1:
+        return tuple(len(video.frames) for video in videos)
+    return source
 
 
 def full(waiting: int) -> ApiError:
