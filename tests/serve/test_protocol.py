@@ -167,6 +167,12 @@ def outcome(body: Any) -> int:
     return 200
 
 
+def test_what_an_error_quotes_can_be_sent() -> None:
+    error = refused(404, model="x\n\ud800\u2028y")
+    assert error.body["error"]["message"].encode()
+    assert ApiError(400, "\ud800").body["error"]["message"] == "\\ud800"
+
+
 def test_errors_of_the_library() -> None:
     assert as_api_error(ValueError("bad")).status == 400
     assert as_api_error(RuntimeError("CUDA out of memory")).status == 503

@@ -40,7 +40,8 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        message = " ".join(str(self).split())
+        # What is quoted may hold what UTF-8 cannot say.
+        message = " ".join(str(self).split()).encode("utf-8", "backslashreplace").decode()
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
 

@@ -63,7 +63,7 @@ def pictures(video: Video, count: int) -> tuple[list[str], list[float]]:
 
 
 def start_event(videos: Sequence[Video], masks: Sequence[VideoMasks]) -> Event:
-    """What is known once the prompt was read: each video's frames, and what became of its tokens."""
+    """What is known once the prompt was read: frames of each video, and its tokens' fate."""
     return {"event": "start", "videos": [_shown(*one) for one in zip(videos, masks, strict=True)]}
 
 
@@ -84,9 +84,9 @@ def _shown(video: Video, masks: VideoMasks) -> dict[str, Any]:
 def word_event(index: int, text: str, row: SampleStep, attention: bool) -> Event:
     """One generated token, and what the forward that wrote it attended to.
 
-    ``active`` and ``recalled`` are bitsets over the kept tokens of all videos. ``attention`` is there where it
-    is asked for and the forward has it; ``share`` is how much of all its attention went to the
-    video.
+    ``active`` and ``recalled`` are bitsets over the kept tokens of all videos. ``attention`` is
+    there where it is asked for and the forward has it; ``share`` is how much of all its attention
+    went to the videos.
     """
     event: Event = {
         "event": "word",
