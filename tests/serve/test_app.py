@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -212,7 +213,8 @@ def test_files(ask: Any, folder: Path, clip: Callable[[int], Path]) -> None:
         ({"dycoke": {"ratio": 0.5}}, 400, "DyCoke has no setting 'ratio'"),
         ({"dycoke": {"off": True, "echo": 1}}, 400, "off must be true, alone"),
         ({"dycoke": {"token_budget": [5]}}, 400, "token_budget"),
-        ({"media_io_kwargs": {"video": {"num_frames": 65}}}, 400, "65 frames are more than"),
+        ({"media_io_kwargs": {"video": {"num_frames": 65}}}, 400, "65 frames or more are above"),
+        ({"media_io_kwargs": {"video": {"fps": 1.7e308}}}, 400, "65 frames or more are above"),
         ({"messages": ask_about("data:video/mp4;base64,", "x")}, 422, "video:"),
         ({"messages": ask_about("data:video/mp4;base64,AAAA", "x")}, 422, "video:"),
         ({"messages": ask_about("data:text/plain,#EXTM3U%0A/etc/passwd", "x")}, 422, "video:"),
@@ -261,6 +263,66 @@ def test_small_routes(address: str, client: Any, ask: Any) -> None:
     named = httpx.get(f"{address}/health", headers={"x-request-id": "mine"})
     assert named.headers["x-request-id"] == "mine"
     assert len(httpx.get(f"{address}/health").headers["x-request-id"]) == 32
+
+
+def test_extremes_are_answered_or_refused(ask: Any) -> None:
+    for more in (
+        {"temperature": 1e-300},
+        {"temperature": 100, "seed": -(10**30)},
+        {"temperature": 1, "top_p": 1e-320, "top_k": 10**12},
+        {"extra_body": {"repetition_penalty": 100}},
+    ):
+        assert ask(max_tokens=3, **more).usage.completion_tokens == 3
+    one = {"type": "text", "text": "no " * 5000}
+    long = ask(messages=[{"role": "user", "content": [one]}], max_tokens=2)
+    assert long.usage.prompt_tokens > 5000
+    bare = ask(messages=[{"role": "user", "content": []}], max_tokens=2)
+    assert bare.usage.prompt_tokens < 20
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(nano: Assistant) -> None:
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+        "content-length: 100000\r\n\r\n{"
+    )
+    with listening(Server(nano, Settings(patience=0.3))) as address:
+        place = "127.0.0.1", int(address.rsplit(":", 1)[1])
+        gone = [socket.create_connection(place, timeout=30) for _ in range(20)]
+        for one in gone:
+            one.sendall(head.encode())
+        for one in gone[10:]:
+            one.close()  # in the middle of its body
+        assert httpx.get(f"{address}/health").json()["status"] == "ok"
+        for one in gone[:10]:
+            assert one.recv(100).startswith(b"HTTP/1.1 408 ")
+            one.close()
+
+
+def test_who_leaves_a_batch_takes_nobody_with_it(
+    nano: Assistant, clip: Callable[[int], Path], ask: Any, server: Server
+) -> None:
+    gate, before = threading.Event(), len(server.worker.batches)
+    right = {seed: alone(nano, clip(seed), create("dycoke"), 40).text for seed in (301, 302)}
+
+    def read_on(place: int) -> str | None:
+        stream = ask(301 + place % 2, stream=True, max_tokens=40)
+        words = []
+        for chunk in stream:
+            words.append(chunk.choices[0].delta.content or "")
+            if place % 3 == 0 and len(words) > 4:
+                stream.close()
+                return None
+        return "".join(words)
+
+    server.worker.submit(functools.partial(_wait, gate))  # while it runs, all wait
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(read_on, place) for place in range(8)]
+        while server.worker.waiting < 8:
+            time.sleep(0.01)
+        gate.set()
+    told = [answer.result() for answer in answers]
+    assert told == [None if place % 3 == 0 else right[301 + place % 2] for place in range(8)]
+    assert sum(list(server.worker.batches)[before:]) == 8
 
 
 def test_keys(nano: Assistant) -> None:

@@ -261,3 +261,9 @@ def test_images(tmp_path: Path) -> None:
         with pytest.raises(ApiError) as caught:
             media.as_image(data)
         assert caught.value.status == 422
+
+
+def test_what_is_no_image_is_said_without_our_objects() -> None:
+    with pytest.raises(ApiError) as caught:
+        media.as_image(b"<svg/>")
+    assert caught.value.status == 422 and "object" not in str(caught.value)

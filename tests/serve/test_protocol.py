@@ -80,6 +80,9 @@ def test_all_that_is_understood() -> None:
     }  # fmt: skip
     assert parse(max_tokens=3, max_completion_tokens=5).max_tokens == 5
     assert parse(temperature=0, top_k=3).sampling == {}
+    made = parse(temperature=1e-300, repetition_penalty=2, top_p=1).sampling
+    assert made["temperature"] == 0.01  # floats, which transformers insists on
+    assert {type(value) for name, value in made.items() if "_p" in name} == {float}
     assert parse(media_io_kwargs={"video": {"fps": 0.5}}).fps == 0.5
 
 
@@ -123,6 +126,9 @@ def test_what_would_change_the_answer_is_refused_by_name(name: str) -> None:
         ({"media_io_kwargs": {"video": {"num_frames": 0}}}, 400, "num_frames"),
         ({"media_io_kwargs": {"video": {"num_frames": 1, "fps": 1}}}, 400, "media_io_kwargs"),
         ({"dycoke": 5}, 400, "dycoke"),
+        ({"dycoke": {"steps": "yes"}, "stream": True}, 400, "steps"),
+        ({"dycoke": {"steps": True}}, 400, "dycoke"),
+        ({"repetition_penalty": 1e-320}, 400, "repetition_penalty"),
     ],
 )
 def test_what_is_wrong_is_named(more: dict[str, Any], status: int, param: str | None) -> None:
@@ -170,6 +176,7 @@ def outcome(body: Any) -> int:
 def test_what_an_error_quotes_can_be_sent() -> None:
     error = refused(404, model="x\n\ud800\u2028y")
     assert error.body["error"]["message"].encode()
+    assert len(refused(404, model="x" * 100_000).body["error"]["message"]) < 1100
     assert ApiError(400, "\ud800").body["error"]["message"] == "\\ud800"
 
 

@@ -172,6 +172,7 @@ def test_another_sites_page_may_not_ask(served: Served) -> None:
     path = f"/viewer/ask?{urlencode({'question': QUESTION, 'story': STORY, 'words': 1})}"
     status, _, data = call(served, path, "POST", origin="http://example.com")
     assert status == 403 and b"a page of http://example.com may not ask here" in data
+    assert call(served, path, "POST", origin="http://[")[0] == 403
     assert call(served, path, "POST", origin=served.url)[0] == 200
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from dycoke import __version__
 from dycoke.assistant import Answer, Assistant
@@ -61,6 +62,7 @@ class Settings:
     cache_bytes : bytes of watched videos that are kept.
     threads : that decode videos and make inputs.
     viewer : whether the page is served at "/".
+    patience : seconds in which the next piece of a body must come.
     """
 
     name: str = "nano"
@@ -76,6 +78,7 @@ class Settings:
     cache_bytes: int = 1 << 30
     threads: int = 2
     viewer: bool = False
+    patience: float = 60.0
 
 
 class Server:
@@ -194,11 +197,16 @@ class Server:
             # A web page of somebody else can send other types without asking first.
             raise ApiError(415, f"the content type must be application/json, got {kind!r}")
         most = self.settings.policy.max_bytes * 4 // 3 + (4 << 20)
-        body = bytearray()
-        async for piece in request.stream():
-            body += piece
-            if len(body) > most:
-                raise ApiError(413, f"the body is larger than {most} bytes")
+        body, pieces = bytearray(), aiter(request.stream())
+        try:
+            while piece := await asyncio.wait_for(anext(pieces, b""), self.settings.patience):
+                body += piece
+                if len(body) > most:
+                    raise ApiError(413, f"the body is larger than {most} bytes")
+        except TimeoutError:
+            raise ApiError(408, "the rest of the body did not come") from None
+        except ClientDisconnect:
+            raise ApiError(499, "cancelled") from None
         return await asyncio.to_thread(parse_json, bytes(body))
 
     def _compressor(self, asked: ChatRequest) -> Compressor | None:
@@ -297,10 +305,11 @@ class Server:
         with media.on_disk(found, "video") as path:
             count = asked.frames or self.settings.frames
             if asked.fps is not None:
-                count = max(1, round(read(path, 1, max_pixels=pixels).duration * asked.fps))
+                wanted = read(path, 1, max_pixels=pixels).duration * asked.fps
+                count = max(1, round(min(wanted, most + 1)))
             if count > most:
                 raise ApiError(
-                    400, f"{count} frames are more than this server's {most}", "media_io_kwargs"
+                    400, f"{count} frames or more are above this server's {most}", "media_io_kwargs"
                 )
             return replace(read(path, count, max_pixels=pixels), path="video")
 

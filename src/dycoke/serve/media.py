@@ -263,7 +263,7 @@ def as_image(data: bytes | Path) -> Any:
     ApiError
         422 where it is none, or has more than 2 ** 26 pixels.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(data if isinstance(data, Path) else io.BytesIO(data)) as image:
@@ -272,5 +272,7 @@ def as_image(data: bytes | Path) -> Any:
             return ImageOps.exif_transpose(image).convert("RGB")
     except ApiError:
         raise
+    except UnidentifiedImageError:  # its message names an object of ours
+        raise ApiError(422, "not a readable image, of an unknown kind or cut off", PARAM) from None
     except Exception as error:  # Pillow raises what its plug-ins do
         raise ApiError(422, f"not a readable image: {error}", PARAM) from None

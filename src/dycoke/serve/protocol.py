@@ -12,6 +12,8 @@ from typing import Any
 from dycoke.errors import UnsupportedError
 
 HALVES = re.compile(r"\\u[dD][89a-fA-F]")
+MOST_SAID = 1000  # characters of an error's message
+LEAST_HEAT = 0.01  # of sampling, as in vLLM: less of it overflows
 MOST_TEXT = 1 << 20  # characters of a conversation
 # Named, since to ignore them would give another answer than was asked for.
 REFUSED = {
@@ -41,7 +43,8 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         # What is quoted may hold what UTF-8 cannot say.
-        message = " ".join(str(self).split()).encode("utf-8", "backslashreplace").decode()
+        message = str(self) if len(str(self)) <= MOST_SAID else str(self)[:MOST_SAID] + "…"
+        message = " ".join(message.split()).encode("utf-8", "backslashreplace").decode()
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
 
@@ -134,7 +137,11 @@ def parse_chat(body: Any, models: Sequence[str]) -> ChatRequest:
     if compress is not None and not isinstance(compress, dict):
         raise ApiError(400, f"dycoke must be an object of settings, got {compress!r}", "dycoke")
     compress = None if compress is None else dict(compress)
-    steps = False if compress is None else compress.pop("steps", False)
+    steps = compress is not None and _flag(compress, "steps")
+    if compress is not None:
+        compress.pop("steps", None)
+    if steps and not body.get("stream"):
+        raise ApiError(400, "dycoke: steps come in the chunks of a stream; set stream", "dycoke")
     options = body.get("stream_options")
     return ChatRequest(
         turns=turns,
@@ -148,7 +155,7 @@ def parse_chat(body: Any, models: Sequence[str]) -> ChatRequest:
         stream=_flag(body, "stream"),
         usage=isinstance(options, dict) and _flag(options, "include_usage"),
         compress=compress or None,
-        steps=bool(steps),
+        steps=steps,
     )
 
 
@@ -227,16 +234,17 @@ def _frames(given: Any) -> tuple[int | None, float | None]:
 def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of generate; what changes greedy search, too, is always among them."""
     made: dict[str, Any] = {}
-    penalty = _number(body, "repetition_penalty", None, 0, None, above=True)
+    penalty = _number(body, "repetition_penalty", None, 0.01, 100)
     if penalty is not None and penalty != 1:
-        made["repetition_penalty"] = penalty
+        made["repetition_penalty"] = float(penalty)
     temperature = _number(body, "temperature", 0, 0, 100)
     top_p = _number(body, "top_p", 1, 0, 1, above=True)
     min_p = _number(body, "min_p", None, 0, 1)
     top_k = _number(body, "top_k", None, -1, None, whole=True)
     if not temperature:
         return made
-    made |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    made |= {"do_sample": True, "temperature": max(float(temperature), LEAST_HEAT)}
+    made["top_p"] = float(1 if top_p is None else top_p)
     made["top_k"] = int(top_k) if top_k is not None and top_k > 0 else 0
     if min_p:
         made["min_p"] = min_p

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
@@ -143,6 +143,8 @@ class Viewer:
                 raise ApiError(429, "too many questions are waiting; try again") from error
         except ApiError as error:
             return _refusal(error)
+        except ClientDisconnect:
+            return _refusal(ApiError(499, "cancelled"))
         return StreamingResponse(
             inbox.lines(request), media_type="application/x-ndjson", headers=HEADERS
         )
@@ -307,7 +309,13 @@ def _file(name: str, kind: str, request: Request) -> Response:
 def _same_origin(request: Request) -> None:
     """Refuse what another site's page sends: its visitors' browsers could reach this one."""
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+    if origin is None:
+        return
+    try:
+        host = urlsplit(origin).netloc
+    except ValueError:
+        host = ""
+    if host != request.headers.get("host"):
         raise ApiError(403, f"a page of {origin} may not ask here")
 
 
