@@ -269,7 +269,7 @@ def test_extremes_are_answered_or_refused(ask: Any) -> None:
     for more in (
         {"temperature": 1e-300},
         {"temperature": 100, "seed": -(10**30)},
-        {"temperature": 1, "top_p": 1e-320, "top_k": 10**12},
+        {"temperature": 1, "top_p": 1e-320, "extra_body": {"top_k": 10**12}},
         {"extra_body": {"repetition_penalty": 100}},
     ):
         assert ask(max_tokens=3, **more).usage.completion_tokens == 3

@@ -102,8 +102,7 @@ class TestLiteLlm:
         assert (usage[-1].prompt_tokens, usage[-1].completion_tokens) == (877, MOST)
 
     def test_error(self, complete: Any, messages: Any) -> None:
-        import litellm
-
+        litellm: Any = pytest.importorskip("litellm")
         for stream in (False, True):
             with pytest.raises(litellm.BadRequestError, match="merge_ratio must be in"):
                 complete(messages, stream=stream, extra_body={"dycoke": {"merge_ratio": 7}})

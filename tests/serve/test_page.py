@@ -237,7 +237,7 @@ def test_frames_of_several_clips_are_shown(opened: Opened, served: Served, clip:
         [{"role": "user", "content": [{"type": "video"}] * 2 + [{"type": "text", "text": "x"}]}],
         [read(clip, 24), read(second, 24)],
     )
-    model, steps = served.viewer.assistant.model, []
+    model, steps = served.viewer.assistant.model, list[Any]()
     with create("dycoke")(model, on_step=steps.append):
         model.generate(**inputs, max_new_tokens=1)
     page.locator(".pane input[type=range]").fill("0")
