@@ -309,7 +309,7 @@ class Server:
                 count = max(1, round(min(wanted, most + 1)))
             if count > most:
                 raise ApiError(
-                    400, f"{count} frames or more are above this server's {most}", "media_io_kwargs"
+                    400, f"{count} frames are more than this server's {most}", "media_io_kwargs"
                 )
             return replace(read(path, count, max_pixels=pixels), path="video")
 
