@@ -136,7 +136,7 @@ def test_questions_where_text_is_not_tokenised_alone_take_the_processor(
 ) -> None:
     assistant = load(family)
     expected = assistant.ask(clip, "what happens", DyCoke(), frames=5, max_new_tokens=6)
-    monkeypatch.setattr("dycoke.assistant.Seen._tail", lambda self, question: None)
+    monkeypatch.setattr("dycoke.assistant.Seen._tail", lambda self, said, reader: None)
     seen = assistant.watch(clip, DyCoke(), frames=5)
     assert seen.ask("what happens", max_new_tokens=6).tokens == expected.tokens
 

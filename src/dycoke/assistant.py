@@ -251,6 +251,7 @@ class Assistant:
         trace: bool = False,
         encode_frames: int | str = AUTO,
         on_step: OnStep | None = None,
+        prepared: tuple[Turns, Mapping[str, Any]] | None = None,
     ) -> Seen:
         """Encode and prefill a video once, and then ask it any number of questions.
 
@@ -258,6 +259,8 @@ class Assistant:
         ----------
         video, compressor, frames, trace, encode_frames, on_step : as in `ask`. ``on_step`` hears
             of the video's own forward, and of every question's.
+        prepared : a conversation that begins with the video and what `prepare_chat` made of it,
+            where that is there already: the processor then has nothing more to do.
 
         Raises
         ------
@@ -267,7 +270,7 @@ class Assistant:
         began = time.perf_counter()
         if not isinstance(video, Video):
             video = read(video, frames)
-        return Seen(self, video, compressor, trace, on_step, encode_frames, began)
+        return Seen(self, video, compressor, trace, on_step, encode_frames, began, prepared)
 
     def _refused(self, video: Video, error: ValueError) -> str:
         """What to say where the processor did not take the frames."""
@@ -337,20 +340,23 @@ class Seen:
         on_step: OnStep | None,
         encode_frames: int | str,
         began: float,
+        prepared: tuple[Turns, Mapping[str, Any]] | None,
     ) -> None:
         decoded = time.perf_counter()
         self._assistant, self._video = assistant, video
         self._content = content_of(video)
         self._compressor, self._trace, self._on_step = compressor, trace, on_step
-        inputs = assistant.prepare(video, "?")
-        ids = inputs["input_ids"]
         # After the video a prompt is text, which the tokenizer alone can do, unless it does
         # something else there in the middle of a prompt; then every question takes the processor.
-        tail = self._tail("?")
-        self._alone = tail is not None and ids[0, -len(tail) :].tolist() == tail
-        if tail is not None and self._alone:
-            shared = ids.shape[1] - len(tail)
-        else:
+        shared = None
+        if prepared is not None:
+            inputs, shared = prepared[1], self._before_tail(*prepared)
+        if shared is None:
+            inputs = assistant.prepare(video, "?")
+            shared = self._before_tail("?", inputs)
+        ids = inputs["input_ids"]
+        self._alone = shared is not None
+        if shared is None:
             other = assistant.prepare(video, "what happens")["input_ids"]
             least = min(ids.shape[1], other.shape[1])
             shared = int((ids[0, :least] == other[0, :least]).cumprod(0).sum())
@@ -412,24 +418,51 @@ class Seen:
         """Bytes of the cache that is kept, and of the frames."""
         return held_bytes(self._cache) + self._video.frames.nbytes
 
-    def inputs(self, said: str | Turns) -> dict[str, Any]:
-        """What the model's generate takes for a question, or a conversation about the video.
+    def tokens(self, said: str | Turns, reader: Assistant | None = None) -> torch.Tensor:
+        """The whole prompt (1, S) of a question, or of a conversation about the video.
+
+        Parameters
+        ----------
+        reader : whose processor reads it, in a thread that has one of its own
+            (`Assistant.reader`); None for the assistant that watched.
 
         Raises
         ------
         ValueError
             Where the conversation does not begin with the video, as a question about it does.
         """
-        tail = self._tail(said) if self._alone else None
+        reader = reader or self._assistant
+        tail = self._tail(said, reader) if self._alone else None
         if tail is not None:
-            ids = torch.cat([self._ids, self._ids.new_tensor([tail])], dim=1)
-        else:
-            ids = self._assistant.prepare_chat(said, [self._video])["input_ids"]
-            if ids[:, : self._ids.shape[1]].tolist() != self._ids.tolist():
-                raise ValueError(
-                    "this conversation does not begin with the clip that was watched; use "
-                    "prepare_chat() for it"
-                )
+            return torch.cat([self._ids, self._ids.new_tensor([tail])], dim=1)
+        ids: torch.Tensor = reader.prepare_chat(said, [self._video])["input_ids"]
+        if not self.begins(ids):
+            raise ValueError(
+                "this conversation does not begin with the clip that was watched; use "
+                "prepare_chat() for it"
+            )
+        return ids
+
+    def inputs(self, said: str | Turns) -> dict[str, Any]:
+        """What the model's generate takes for a question, or a conversation about the video.
+
+        Raises
+        ------
+        ValueError
+            As `tokens`.
+        """
+        return self.inputs_of(self.tokens(said))
+
+    def inputs_of(self, ids: torch.Tensor) -> dict[str, Any]:
+        """What the model's generate takes for a whole prompt (1, S) that begins with the video.
+
+        Raises
+        ------
+        ValueError
+            Where it does not.
+        """
+        if not self.begins(ids):
+            raise ValueError("this prompt does not begin with the clip that was watched")
         inputs = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
@@ -440,12 +473,23 @@ class Seen:
             inputs["position_ids"] = self._offset.positions(None, ids.shape[1], new, 1)
         return inputs
 
-    def _tail(self, said: str | Turns) -> list[int] | None:
+    def begins(self, ids: torch.Tensor) -> bool:
+        """Whether a prompt begins with the video that was watched."""
+        return torch.equal(ids[:, : self.length], self._ids)
+
+    def _before_tail(self, said: str | Turns, inputs: Mapping[str, Any]) -> int | None:
+        """How many tokens a prompt has up to its video's end; None where its text does not tell."""
+        ids, tail = inputs["input_ids"][0], self._tail(said, self._assistant)
+        if tail is None or ids[len(ids) - len(tail) :].tolist() != tail:
+            return None
+        return len(ids) - len(tail)
+
+    def _tail(self, said: str | Turns, reader: Assistant) -> list[int] | None:
         """The tokens of a prompt after its video, where the text tells where that is.
 
         None, too, where something else comes before the video than in a bare question.
         """
-        processor = self._assistant.processor
+        processor = reader.processor
         mark, text = getattr(processor, "video_token", None), chat_prompt(processor, said)
         if not mark or mark not in text:
             return None

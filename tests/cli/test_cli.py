@@ -298,18 +298,24 @@ def test_what_cannot_be_read_twice(run: Any, tmp_path: Path) -> None:
         (("run", "{clip}", "--method", "none"), "unknown method 'none'; there are full, dycoke,"),
         (
             ("run", "{clip}", "--retention", "0.5", "--merge-ratio", "0.5"),
-            "--retention and --merge-ratio exclude each other; drop one",
+            "retention and merge_ratio both say how many tokens stay; drop one",
         ),
         (
             ("run", "{clip}", "--retention", "0.5", "--token-budget", "9"),
-            "--retention and --token-budget exclude each other; drop one",
+            "retention and token_budget both say how many tokens stay; drop one",
         ),
         (
             ("run", "{clip}", "--method", "visionzip", "--prune-ratio", "0", "--prune-layer", "2"),
-            "--prune-ratio, --prune-layer: settings of dycoke, and visionzip has none of them",
+            "VisionZip has no setting 'prune_layer', 'prune_ratio'; it has",
         ),
-        (("run", "{clip}", "--method", "full", "--retention", "0.5"), "keeps everything; drop it"),
-        (("run", "{clip}", "--no-compress", "--retention", "0.5"), "keeps everything; drop it"),
+        (
+            ("run", "{clip}", "--method", "full", "--retention", "0.5"),
+            "keeps everything and has no settings; drop retention",
+        ),
+        (
+            ("run", "{clip}", "--no-compress", "--retention", "0.5"),
+            "keeps everything and has no settings; drop retention",
+        ),
         (("run", "{clip}", "--no-compress", "--method", "fastv"), "exclude each other; drop one"),
         (("run", "{clip}", "--method", "full", "--compare"), "name another --method"),
         (("run", "{clip}", "--ratio", "0.5"), "--ratio is now --retention, the share of the"),

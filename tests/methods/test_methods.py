@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support import (
     answer,
     close,
@@ -171,3 +173,61 @@ def test_what_cannot_be_composed() -> None:
         Composed(DyCoke())
     with pytest.raises(ValueError, match="unknown method 'Nothing'"):
         Composed.from_dict({"before": {"method": "Nothing"}, "after": {}})
+
+
+def test_settings_by_name_come_to_a_method() -> None:
+    """As a command, a request and the page give them."""
+    default = methods.create("dycoke+")
+    choose, plus = methods.choose, DyCoke.plus
+    assert choose({"merge_ratio": 0.5}, default) == plus(merge_ratio=0.5)
+    assert choose({"method": "dycoke", "echo": 0.5}, default) == DyCoke(echo=0.5)
+    assert choose({"method": "dycoke+", "retention": 0.5}) == plus(token_budget=0.5)
+    assert choose({"retention": 0.5, "prune_ratio": 0}) == DyCoke(token_budget=0.5, prune_ratio=0)
+    assert choose({}) == choose({"off": False, "echo": None}) == DyCoke()
+    assert choose({}, default) == default
+    assert choose({"method": "full"}, default) is None
+    assert choose({"off": True}, default) is None
+    composed = choose({"method": "visionzip+dycoke", "retention": 0.5})
+    assert composed == methods.create("visionzip+dycoke", retention=0.5)
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({"method": "full", "echo": 0.5}, "the full model .* has no settings; drop echo"),
+        ({"method": "full", "retention": 0.5}, "drop retention"),
+        ({"method": ["dycoke"]}, "method must be a name, got"),
+        ({"method": "magic"}, "unknown method 'magic'"),
+        ({"off": True, "echo": 1}, "off must be true, alone"),
+        ({"off": 1}, "off must be true, alone"),
+        ({"retention": 0.5, "merge_ratio": 0.5}, "retention and merge_ratio both say"),
+        ({"method": "visionzip", "retention": 0.5, "ratio": 0.5}, "retention and ratio both say"),
+        ({"method": "visionzip", "prune_ratio": 0}, "VisionZip has no setting 'prune_ratio'"),
+        ({"retention": "much"}, "retention"),
+    ],
+)
+def test_settings_that_no_method_takes(named: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        methods.choose(named, DyCoke.plus())
+
+
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    | st.sampled_from(["keep", "mean", "compact", 10**400, -1, 0.5]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=6), inner),
+    max_leaves=4,
+)  # fmt: skip
+
+
+@given(st.data())
+def test_whatever_is_given_is_a_method_or_a_refusal(data: st.DataObject) -> None:
+    """Nothing else comes out of it, and what comes out can be a key."""
+    name = data.draw(st.sampled_from([*methods.METHODS, "visionzip+", "visionzip+dycoke", "a+b"]))
+    method = None if name == "a+b" else methods.create(name)
+    known = ["retention", *(() if method is None else sorted(method.setting_names()))]
+    settings = data.draw(st.dictionaries(st.sampled_from(known), ODD, max_size=3))
+    try:
+        made = methods.choose({"method": name, **settings})
+    except (TypeError, ValueError):
+        return
+    assert hash(made) == hash(methods.choose({"method": name, **settings}))

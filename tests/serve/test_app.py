@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from dycoke import DyCoke
 from dycoke.assistant import Assistant
 from dycoke.methods import create
 from dycoke.nano import stories
-from dycoke.serve.app import Server, Settings, compressor_of
+from dycoke.serve.app import Server, Settings
 
 openai = pytest.importorskip("openai")
 
@@ -120,6 +122,41 @@ def test_a_conversation_goes_on(ask: Any, clip: Callable[[int], Path], server: S
     assert later.usage.prompt_tokens_details.cached_tokens > 800
 
 
+def test_a_video_is_processed_once(
+    nano: Assistant, clip: Callable[[int], Path], ask: Any, server: Server, monkeypatch: Any
+) -> None:
+    """The first question takes the processor once, the next ones the tokenizer alone."""
+    counted: list[str] = []
+    for whose, assistant in (("reader", server._reader), ("own", nano)):
+        inner = assistant.processor.video_processor
+        monkeypatch.setattr(
+            assistant.processor,
+            "video_processor",
+            Counting(inner, functools.partial(counted.append, whose)),
+        )
+    questions = (TELL, "How many events are there?", "What stays still?")
+    texts = [ask(313, question=question).choices[0].message.content for question in questions]
+    assert counted == ["reader"]
+    for question, text in zip(questions, texts, strict=True):
+        alone = nano.ask(clip(313), question, create("dycoke"), frames=FRAMES, max_new_tokens=256)
+        assert text == alone.text
+    assert len(set(texts)) == 3
+
+
+class Counting:
+    """A video processor, and how often it was called."""
+
+    def __init__(self, inner: Any, called: Callable[[], None]) -> None:
+        self._inner, self._called = inner, called
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        self._called()
+        return self._inner(*args, **more)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
 def test_two_videos_images_and_plain_text(ask: Any, clip: Callable[[int], Path]) -> None:
     parts = [
         part for seed in (301, 302) for part in ask_about(data_url(clip(seed)), "x")[0]["content"]
@@ -173,10 +210,11 @@ def test_files(ask: Any, folder: Path, clip: Callable[[int], Path]) -> None:
         ({"dycoke": {"method": "nothing"}}, 400, "unknown method 'nothing'"),
         ({"dycoke": {"merge_ratio": 7}}, 400, "merge_ratio must be in"),
         ({"dycoke": {"merge_ratio": "7"}}, 400, "merge_ratio must be a number"),
-        ({"dycoke": {"ratio": 0.5}}, 400, "no settings ratio"),
+        ({"dycoke": {"ratio": 0.5}}, 400, "DyCoke has no setting 'ratio'"),
         ({"dycoke": {"off": True, "echo": 1}}, 400, "off must be true, alone"),
         ({"dycoke": {"token_budget": [5]}}, 400, "token_budget"),
         ({"media_io_kwargs": {"video": {"num_frames": 65}}}, 400, "65 frames are more than"),
+        ({"media_io_kwargs": {"video": {"fps": 1.7e308}}}, 400, "65 frames are more than"),
         ({"messages": ask_about("data:video/mp4;base64,", "x")}, 422, "video:"),
         ({"messages": ask_about("data:video/mp4;base64,AAAA", "x")}, 422, "video:"),
         ({"messages": ask_about("data:text/plain,#EXTM3U%0A/etc/passwd", "x")}, 422, "video:"),
@@ -227,6 +265,66 @@ def test_small_routes(address: str, client: Any, ask: Any) -> None:
     assert len(httpx.get(f"{address}/health").headers["x-request-id"]) == 32
 
 
+def test_extremes_are_answered_or_refused(ask: Any) -> None:
+    for more in (
+        {"temperature": 1e-300},
+        {"temperature": 100, "seed": -(10**30)},
+        {"temperature": 1, "top_p": 1e-320, "extra_body": {"top_k": 10**12}},
+        {"extra_body": {"repetition_penalty": 100}},
+    ):
+        assert ask(max_tokens=3, **more).usage.completion_tokens == 3
+    one = {"type": "text", "text": "no " * 5000}
+    long = ask(messages=[{"role": "user", "content": [one]}], max_tokens=2)
+    assert long.usage.prompt_tokens > 5000
+    bare = ask(messages=[{"role": "user", "content": []}], max_tokens=2)
+    assert bare.usage.prompt_tokens < 20
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(nano: Assistant) -> None:
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+        "content-length: 100000\r\n\r\n{"
+    )
+    with listening(Server(nano, Settings(patience=0.3))) as address:
+        place = "127.0.0.1", int(address.rsplit(":", 1)[1])
+        gone = [socket.create_connection(place, timeout=30) for _ in range(20)]
+        for one in gone:
+            one.sendall(head.encode())
+        for one in gone[10:]:
+            one.close()  # in the middle of its body
+        assert httpx.get(f"{address}/health").json()["status"] == "ok"
+        for one in gone[:10]:
+            assert one.recv(100).startswith(b"HTTP/1.1 408 ")
+            one.close()
+
+
+def test_who_leaves_a_batch_takes_nobody_with_it(
+    nano: Assistant, clip: Callable[[int], Path], ask: Any, server: Server
+) -> None:
+    gate, before = threading.Event(), len(server.worker.batches)
+    right = {seed: alone(nano, clip(seed), create("dycoke"), 40).text for seed in (301, 302)}
+
+    def read_on(place: int) -> str | None:
+        stream = ask(301 + place % 2, stream=True, max_tokens=40)
+        words = []
+        for chunk in stream:
+            words.append(chunk.choices[0].delta.content or "")
+            if place % 3 == 0 and len(words) > 4:
+                stream.close()
+                return None
+        return "".join(words)
+
+    server.worker.submit(functools.partial(_wait, gate))  # while it runs, all wait
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(read_on, place) for place in range(8)]
+        while server.worker.waiting < 8:
+            time.sleep(0.01)
+        gate.set()
+    told = [answer.result() for answer in answers]
+    assert told == [None if place % 3 == 0 else right[301 + place % 2] for place in range(8)]
+    assert sum(list(server.worker.batches)[before:]) == 8
+
+
 def test_keys(nano: Assistant) -> None:
     with listening(Server(nano, Settings(keys=("one", "two")))) as address:
         for key, status in (("one", 200), ("two", 200), ("three", 401), ("on", 401)):
@@ -258,29 +356,36 @@ def test_a_server_that_stops_finishes_what_it_began(
     assert "".join(texts) == alone(nano, clip(301)).text
 
 
-def test_settings_without_a_method_change_the_servers_own() -> None:
-    default = create("dycoke+")
-    assert compressor_of({"merge_ratio": 0.5}, default) == DyCoke.plus(merge_ratio=0.5)
-    assert compressor_of({"method": "dycoke", "echo": 0.5}, default) == DyCoke(echo=0.5)
-    assert compressor_of({}, None) == DyCoke()
-    assert compressor_of({"method": "full"}, default) is None
-    with pytest.raises(ValueError, match="the full model has no settings"):
-        compressor_of({"method": "full", "echo": 0.5}, default)
-
-
 def test_steps_come_with_the_words(ask: Any, nano: Assistant, clip: Callable[[int], Path]) -> None:
     text = alone(nano, clip(301), create("dycoke"), 12).text
     chunks = list(ask(stream=True, max_tokens=12, extra_body={"dycoke": {"steps": True}}))
     told: list[dict[str, Any]] = [getattr(chunk, "dycoke", None) or {} for chunk in chunks]
     events = [event for event in told if "event" in event]
     assert [event["event"] for event in events] == ["start"] + ["word"] * 12
-    assert (events[0]["tokens"], len(events[0]["frames"])) == (864, 24)
+    (shown,) = events[0]["videos"]
+    assert (shown["tokens"], len(shown["frames"])) == (864, 24)
     assert "".join(event["text"] for event in events[1:]).strip() == text
     words = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(words) == text
+    chunks = list(
+        ask(stream=True, max_tokens=4, extra_body={"dycoke": {"off": True, "steps": True}})
+    )
+    told = [getattr(chunk, "dycoke", None) or {} for chunk in chunks]
+    start, *full = [event for event in told if "event" in event]
+    every = base64.b64encode(b"\xff" * 108).decode()  # 864 tokens
+    assert (
+        start["videos"][0]["keep"] == every and [event["active"] for event in full] == [every] * 4
+    )
+    words = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(words) == alone(nano, clip(301), None, 4).text
     two = [part for _ in range(2) for part in ask_about(data_url(clip(301)), "x")[0]["content"]]
-    with pytest.raises(openai.BadRequestError, match="steps are of one video, got 2"):
-        ask(messages=[{"role": "user", "content": two}], extra_body={"dycoke": {"steps": True}})
+    more: Any = {"extra_body": {"dycoke": {"steps": True}}, "stream": True, "max_tokens": 3}
+    chunks = list(ask(messages=[{"role": "user", "content": two}], **more))
+    told = [getattr(chunk, "dycoke", None) or {} for chunk in chunks]
+    (start,) = [event for event in told if event.get("event") == "start"]
+    assert [video["tokens"] for video in start["videos"]] == [864, 864]
+    with pytest.raises(openai.BadRequestError, match="steps are of videos, and there is none"):
+        ask(messages=[{"role": "user", "content": "hello"}], **more)
 
 
 def _wait(gate: threading.Event) -> None:

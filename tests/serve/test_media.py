@@ -44,6 +44,7 @@ def test_data_comes_back(data: bytes) -> None:
     ("url", "status"),
     [
         ("data:video/mp4;base64", 400),
+        ("data:,\ud800", 400),
         ("data:;base64,A", 400),
         ("data:;base64,AA==A*", 400),
         ("data:;base64," + "A" * 1400, 413),
@@ -260,3 +261,9 @@ def test_images(tmp_path: Path) -> None:
         with pytest.raises(ApiError) as caught:
             media.as_image(data)
         assert caught.value.status == 422
+
+
+def test_what_is_no_image_is_said_without_our_objects() -> None:
+    with pytest.raises(ApiError) as caught:
+        media.as_image(b"<svg/>")
+    assert caught.value.status == 422 and "object" not in str(caught.value)

@@ -221,6 +221,36 @@ def test_a_dropped_clip_is_answered(opened: Opened, clip: Path) -> None:
     assert opened.page.locator(".truth").is_hidden()  # nobody knows it of a clip
 
 
+def test_frames_of_several_clips_are_shown(opened: Opened, served: Served, clip: Path) -> None:
+    """Under their names, each token in its own clip's frame."""
+    page, second = opened.page, clip.with_name("second.mp4")
+    stories.write(stories.make("seen", 18), second)
+    page.set_input_files("#file", [clip, second])
+    assert page.inner_text("#chosen") == f"{clip.name}, second.mp4"
+    page.select_option("#method", "dycoke")
+    opened.ask()
+    titles = page.locator(".frames h3").all_inner_texts()
+    assert titles == [f"Clip 1: {clip.name}", "Clip 2: second.mp4"]
+    assert page.locator("figure").count() == 48
+    assert page.inner_text("[data-n=tokens]") == "1728"
+    inputs = served.viewer.assistant.prepare_chat(
+        [{"role": "user", "content": [{"type": "video"}] * 2 + [{"type": "text", "text": "x"}]}],
+        [read(clip, 24), read(second, 24)],
+    )
+    model, steps = served.viewer.assistant.model, list[Any]()
+    with create("dycoke")(model, on_step=steps.append):
+        model.generate(**inputs, max_new_tokens=1)
+    page.locator(".pane input[type=range]").fill("0")
+    for video, masks in enumerate(steps[0].videos[0]):
+        kept = masks.keep.flatten()
+        counts = page.locator("figure canvas").evaluate_all(
+            "all => all.map(c => +c.getAttribute('aria-label').match(/: (\\d+) tokens kept/)[1])"
+        )
+        assert counts[24 * video : 24 * video + 24] == kept.view(24, 36).sum(1).tolist()
+    label = page.locator("figure canvas").last.get_attribute("aria-label")
+    assert label.startswith("Frame at clip 2, ")
+
+
 def test_a_file_that_is_no_clip_gets_a_message(opened: Opened, clip: Path) -> None:
     page = opened.page
     drop(opened, "<b>notes.txt", b"these are notes, not a video")
@@ -246,21 +276,21 @@ def test_an_answer_that_is_stopped_ends_there(
     opened: Opened, served: Served, monkeypatch: Any
 ) -> None:
     gate, told, ended = threading.Semaphore(4), [], threading.Event()
-    inner, answer = served.viewer.assistant.ask, served.viewer._answer
+    inner, answer = served.viewer._generate, served.viewer._answer
 
-    def slowly(*args: Any, on_step: Any, **kwargs: Any) -> Any:
+    def slowly(asked: Any, videos: Any, on_step: Any) -> Any:
         def step(one: Any) -> None:
             gate.acquire(timeout=30)
             told.append(one.index)
             on_step(one)
 
-        return inner(*args, on_step=step, **kwargs)
+        return inner(asked, videos, step)
 
     def watched(*args: Any) -> None:
         answer(*args)
         ended.set()
 
-    monkeypatch.setattr(served.viewer.assistant, "ask", slowly)
+    monkeypatch.setattr(served.viewer, "_generate", slowly)
     monkeypatch.setattr(served.viewer, "_answer", watched)
     page = opened.page
     page.click("#go")

@@ -80,6 +80,9 @@ def test_all_that_is_understood() -> None:
     }  # fmt: skip
     assert parse(max_tokens=3, max_completion_tokens=5).max_tokens == 5
     assert parse(temperature=0, top_k=3).sampling == {}
+    made = parse(temperature=1e-300, repetition_penalty=2, top_p=1).sampling
+    assert made["temperature"] == 0.01  # floats, which transformers insists on
+    assert {type(value) for name, value in made.items() if "_p" in name} == {float}
     assert parse(media_io_kwargs={"video": {"fps": 0.5}}).fps == 0.5
 
 
@@ -123,17 +126,27 @@ def test_what_would_change_the_answer_is_refused_by_name(name: str) -> None:
         ({"media_io_kwargs": {"video": {"num_frames": 0}}}, 400, "num_frames"),
         ({"media_io_kwargs": {"video": {"num_frames": 1, "fps": 1}}}, 400, "media_io_kwargs"),
         ({"dycoke": 5}, 400, "dycoke"),
+        ({"dycoke": {"steps": "yes"}, "stream": True}, 400, "steps"),
+        ({"dycoke": {"steps": True}}, 400, "dycoke"),
+        ({"repetition_penalty": 1e-320}, 400, "repetition_penalty"),
     ],
 )
 def test_what_is_wrong_is_named(more: dict[str, Any], status: int, param: str | None) -> None:
     assert refused(status, **more).param == param
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"a": NaN}', b"[" * 100_000])
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"a": NaN}', b"[" * 100_000,
+                                  b'["\\ud800"]', b'{"\\uDFFF": 1}', b'["\xed\xa0\x80"]',
+                                  '["é"]'.encode("utf-16")])  # fmt: skip
 def test_what_is_no_json(body: bytes) -> None:
     with pytest.raises(ApiError) as caught:
         parse_json(body)
     assert caught.value.status == 400
+
+
+def test_characters_of_two_halves() -> None:
+    assert parse_json(b'["\\ud83d\\ude00", "\\u00e9"]') == ["😀", "é"]
+    assert parse_json("\ufeff[1]".encode()) == [1]
 
 
 JSON = st.recursive(
@@ -158,6 +171,13 @@ def outcome(body: Any) -> int:
     except ApiError as error:
         return error.status
     return 200
+
+
+def test_what_an_error_quotes_can_be_sent() -> None:
+    error = refused(404, model="x\n\ud800\u2028y")
+    assert error.body["error"]["message"].encode()
+    assert len(refused(404, model="x" * 100_000).body["error"]["message"]) < 1100
+    assert ApiError(400, "\ud800").body["error"]["message"] == "\\ud800"
 
 
 def test_errors_of_the_library() -> None:

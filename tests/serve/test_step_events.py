@@ -73,11 +73,12 @@ def test_pictures_are_small() -> None:
 def test_the_start_says_what_became_of_each_token() -> None:
     keep = torch.rand(4, 6, generator=torch.Generator().manual_seed(1)) > 0.5
     encoded = keep | torch.eye(4, 6).bool()
-    event = start_event(clip(), VideoMasks(keep, encoded, (2, 3)))
+    event = start_event([clip()], [VideoMasks(keep, encoded, (2, 3))])["videos"][0]
     assert (event["grid"], event["tokens"], event["size"]) == ([2, 3], 24, [40, 60])
     assert bits(event["keep"], 24) == keep.flatten().tolist()
     assert bits(event["encoded"], 24) == encoded.flatten().tolist()
-    assert start_event(clip(), VideoMasks(keep, None, (2, 3)))["encoded"] is None
+    (event,) = start_event([clip()], [VideoMasks(keep, None, (2, 3))])["videos"]
+    assert event["encoded"] is None
 
 
 def row_of(active: list[int], recalled: list[int], attention: Any = None) -> SampleStep:
@@ -118,7 +119,7 @@ def step_of(index: int, generation: int, ids: list[list[int]], rows: list[Sample
 @pytest.mark.parametrize("row", [0, 1])
 def test_words_go_with_the_forward_that_wrote_them(row: int) -> None:
     events: list[Event] = []
-    steps = Steps(clip(), decode, events.append, row=row)
+    steps = Steps([clip()], decode, events.append, row=row)
     fed = [[9, 9, 9], [1], [2], [3], [4]]
     for i, ids in enumerate(fed):
         other = [7] * len(ids)
@@ -137,7 +138,7 @@ def test_words_go_with_the_forward_that_wrote_them(row: int) -> None:
 
 def test_an_answer_without_a_word() -> None:
     events: list[Event] = []
-    steps = Steps(clip(), decode, events.append)
+    steps = Steps([clip()], decode, events.append)
     steps.finish(1)  # nothing was heard: there is nothing that it could belong to
     steps(step_of(0, 5, [[9]], [row_of([], [])]))
     steps.finish(None)
@@ -147,7 +148,7 @@ def test_an_answer_without_a_word() -> None:
 def test_a_row_that_is_complete_hears_no_more_of_its_batch() -> None:
     events: list[Event] = []
     done: list[bool] = []
-    steps = Steps(clip(), decode, events.append, ended=lambda: bool(done))
+    steps = Steps([clip()], decode, events.append, ended=lambda: bool(done))
     for i, fed in enumerate(([9], [1], [5], [0], [0])):
         if fed == [5]:
             done.append(True)

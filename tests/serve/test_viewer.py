@@ -77,7 +77,8 @@ def test_answers_and_steps_are_those_of_ask(
     start, *words, done = events
     assert [e["event"] for e in events] == ["start", *["word"] * len(expected.tokens), "done"]
     assert done["text"] == expected.text == "".join(word["text"] for word in words).strip()
-    assert (start["grid"], start["tokens"], len(start["frames"])) == ([6, 6], 864, 24)
+    (shown,) = start["videos"]
+    assert (shown["grid"], shown["tokens"], len(shown["frames"])) == ([6, 6], 864, 24)
     assert start["truth"] == (
         stories.describe(stories.make("seen", STORY)) if way == "story" else None
     )
@@ -86,7 +87,7 @@ def test_answers_and_steps_are_those_of_ask(
         assert all("attention" in word for word in words[1:])
         return
     sample = expected.trace.samples[0]
-    assert bits(start["keep"], 864) == sample.keep[0].flatten().tolist()
+    assert bits(shown["keep"], 864) == sample.keep[0].flatten().tolist()
     kept = int(sample.keep[0].sum())
     before = None
     for word, active, attention in zip(words[1:], sample.active, sample.attention, strict=True):
@@ -107,7 +108,7 @@ def test_what_the_encoder_left_out(served: Served) -> None:
     settings = json.dumps({"skip_ratio": 0.5})
     _, events = ask(served, story=STORY, method="dycoke", settings=settings, words=2)
     report = events[-1]["report"]["samples"][0]["videos"][0]
-    assert sum(bits(events[0]["encoded"], 864)) == report["encoded_tokens"] < 864
+    assert sum(bits(events[0]["videos"][0]["encoded"], 864)) == report["encoded_tokens"] < 864
 
 
 def test_the_length_of_an_answer_is_limited(served: Served) -> None:
@@ -125,9 +126,18 @@ BAD = [
     ({"story": 3, "method": "magic"}, None, 400, "unknown method 'magic'; there are full, dycoke"),
     ({"story": 3, "settings": "{"}, None, 400, "Expecting"),
     ({"story": 3, "settings": "[1]"}, None, 400, "settings must be an object"),
-    ({"story": 3, "settings": '{"merge_ratio": NaN}'}, None, 400, "merge_ratio must be in"),
+    ({"story": 3, "settings": '{"merge_ratio": NaN}'}, None, 400, "NaN is no number of JSON"),
     ({"story": 3, "settings": '{"speed": 9}'}, None, 400, "DyCoke has no setting 'speed'"),
     ({}, None, 400, "there is no clip"),
+    ({"sizes": "3,4"}, b"12345", 400, "sizes say 7 bytes, and the body has 5"),
+    ({"sizes": "5,-1"}, b"12345", 400, "sizes must be up to 8 lengths in bytes, got '5,-1'"),
+    ({"sizes": "5,0"}, b"12345", 400, "sizes must be"),
+    ({"sizes": ",".join("1" * 9)}, b"123456789", 400, "sizes must be"),
+    ({"sizes": "9" * 5000}, b"1", 400, "sizes must be"),
+    ({"story": 3, "frames": "9" * 5000}, None, 400, "frames must be a number"),
+    ({"story": 3, "settings": "[" * 9000}, None, 400, "."),
+    ({"story": 3, "settings": '{"merge_ratio": "\\ud800"}'}, None, 400, "not JSON"),
+    ({"story": 3, "settings": '{"\\ud800": 1}', "method": "full"}, None, 400, "not JSON"),
     ({}, b"", 400, "there is no clip"),
     ({"name": "../../notes.txt"}, b"not a video" * 99, 422, "notes.txt"),
     ({}, b"0" * ((1 << 20) + 1), 413, "larger than 1 MiB"),
@@ -162,6 +172,7 @@ def test_another_sites_page_may_not_ask(served: Served) -> None:
     path = f"/viewer/ask?{urlencode({'question': QUESTION, 'story': STORY, 'words': 1})}"
     status, _, data = call(served, path, "POST", origin="http://example.com")
     assert status == 403 and b"a page of http://example.com may not ask here" in data
+    assert call(served, path, "POST", origin="http://[")[0] == 403
     assert call(served, path, "POST", origin=served.url)[0] == 200
 
 
@@ -178,7 +189,7 @@ def test_a_fault_inside_an_answer_is_its_last_event(served: Served, monkeypatch:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(served.viewer.assistant, "ask", fail)
+    monkeypatch.setattr(served.viewer, "_generate", fail)
     assert ask(served, story=STORY)[1] == [
         {"event": "error", "message": "RuntimeError: out of luck"}
     ]
@@ -203,21 +214,21 @@ def test_two_at_once_get_their_own_answers(served: Served) -> None:
 def test_who_leaves_ends_the_answer(served: Served, monkeypatch: Any) -> None:
     """The model is free again long before the answer's end."""
     told, gate, ended = [], threading.Semaphore(0), threading.Event()
-    inner, answer = served.viewer.assistant.ask, served.viewer._answer
+    inner, answer = served.viewer._generate, served.viewer._answer
 
-    def slowly(*args: Any, on_step: Any, **kwargs: Any) -> Any:
+    def slowly(asked: Any, videos: Any, on_step: Any) -> Any:
         def step(one: Any) -> None:
             told.append(one.index)
             on_step(one)
             gate.acquire(timeout=30)
 
-        return inner(*args, on_step=step, **kwargs)
+        return inner(asked, videos, step)
 
     def watched(*args: Any) -> None:
         answer(*args)
         ended.set()
 
-    monkeypatch.setattr(served.viewer.assistant, "ask", slowly)
+    monkeypatch.setattr(served.viewer, "_generate", slowly)
     monkeypatch.setattr(served.viewer, "_answer", watched)
     with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
         path = f"/viewer/ask?{urlencode({'question': QUESTION, 'story': STORY})}"
@@ -259,10 +270,28 @@ def test_what_the_page_is_told(served: Served) -> None:
     assert call(served, "/viewer/stories/2.jpg")[0] == 404
 
 
+def test_several_clips_are_one_prompt(served: Served, story: Path, tmp_path: Path) -> None:
+    """Of other sizes and frames each; sets of tokens are of one behind the other."""
+    wide = clips.render(tmp_path / "wide.mp4", 4, size=(64, 128))
+    parts = [wide.read_bytes(), story.read_bytes()]
+    sizes = ",".join(str(len(part)) for part in parts)
+    _, events = ask(served, b"".join(parts), frames=4, words=3, sizes=sizes, method="dycoke")
+    assert [event["event"] for event in events] == ["start", *["word"] * 3, "done"]
+    one, other = events[0]["videos"]
+    assert (one["size"], other["size"]) == ([64, 128], [96, 96])
+    assert len(one["frames"]) == len(other["frames"]) == 4
+    (sample,) = events[-1]["report"]["samples"]
+    kept = [sum(bits(video["keep"], video["tokens"])) for video in (one, other)]
+    assert [video["kept_tokens"] for video in sample["videos"]] == kept
+    assert len(base64.b64decode(events[2]["attention"])) == sum(kept)
+    bad = ask(served, parts[0] + b"none", frames=4, sizes=f"{len(parts[0])},4", name="wide.mp4")
+    assert bad[0] == 422 and "the clip" in bad[1][0]
+
+
 def test_a_clip_of_another_shape(served: Served, tmp_path: Path) -> None:
     path = clips.render(tmp_path / "wide.mp4", 4, size=(64, 128))
     _, events = ask(served, path.read_bytes(), frames=4, words=2)
-    assert events[0]["size"] == [64, 128] and len(events[0]["frames"]) == 4
+    assert (shown := events[0]["videos"][0])["size"] == [64, 128] and len(shown["frames"]) == 4
     assert events[-1]["event"] == "done"
 
 

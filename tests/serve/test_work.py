@@ -82,6 +82,12 @@ def job(
     return replace(base, **more), box
 
 
+def keep(worker: Worker, one: Job) -> None:
+    """Submit a job as the server does where it keeps videos."""
+    one.video_key = worker.key_of(one.turns, one.videos, one.images, one.compressor)
+    worker.submit(one)
+
+
 class Held(Worker):
     """A worker that begins when it is told to."""
 
@@ -123,7 +129,7 @@ def test_a_video_is_watched_once(nano: Assistant, clip: Callable[[int], Path], s
     try:
         for seed, asked in ((301, TELL), (301, "How many events are there?"), (302, TELL)):
             one, box = job(nano, read(clip(seed), FRAMES), asked, create("dycoke"))
-            worker.submit(one)
+            keep(worker, one)
             alone = box.text
             before = len(counted)
             told = nano.ask(
@@ -147,7 +153,7 @@ def test_clips_of_one_length_never_answer_for_each_other(
     texts = []
     for video, compressor in asked:
         made, box = job(nano, video, compressor=compressor)
-        worker.submit(made)
+        keep(worker, made)
         texts.append(box.text)
     assert (worker.cache.hits, worker.cache.misses) == (1, 4)
     assert texts[0] == texts[4] and len(set(texts[:3])) == 3
@@ -159,7 +165,7 @@ def test_later_turns_begin_from_the_kept_video(
     worker = start(cache_bytes=1 << 30)
     video = read(clip(301), FRAMES)
     first, box = job(nano, video)
-    worker.submit(first)
+    keep(worker, first)
     turns = [
         *first.turns,
         {"role": "assistant", "content": [{"type": "text", "text": box.text}]},
@@ -167,17 +173,39 @@ def test_later_turns_begin_from_the_kept_video(
     ]
     inputs = nano.prepare_chat(turns, [video])
     later, box = job(nano, video, turns=turns, inputs=inputs)
-    worker.submit(later)
+    keep(worker, later)
     assert box.last[2] > 800 and worker.cache.hits == 1  # tokens that were there already
     plain = start()
     again, whole = job(nano, video, turns=turns, inputs=inputs)
-    plain.submit(again)
+    keep(plain, again)
     assert whole.last[2] == 0 and box.text == whole.text
     # Something in front of the video makes it another prompt.
     turns = [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *first.turns]
     made, box = job(nano, video, turns=turns, inputs=nano.prepare_chat(turns, [video]))
-    worker.submit(made)
+    keep(worker, made)
     assert box.last[2] == 0 and (worker.cache.hits, worker.cache.misses) == (1, 1)
+    # A template that says something there is found out by the tokens.
+    again, other = job(nano, video, turns=turns, inputs=made.inputs, video_key=first.video_key)
+    worker.submit(again)
+    assert other.last[2] == 0 and other.text == box.text
+
+
+def test_a_kept_video_takes_no_inputs_but_tokens_and_goes_alone(
+    nano: Assistant, clip: Callable[[int], Path]
+) -> None:
+    worker, video, boxes = Held(nano, cache_bytes=1 << 30), read(clip(301), FRAMES), []
+    seen = nano.watch(video)
+    for i in range(4):
+        one, box = job(nano, video)
+        if i % 2:
+            one.seen, one.inputs = seen, {"input_ids": seen.tokens(one.turns, nano.reader())}
+        keep(worker, one)
+        boxes.append(box)
+    worker.go.set()
+    worker.stop()
+    assert list(worker.batches) == [2, 1, 1] and worker.cache.hits == 2
+    assert len({box.text for box in boxes}) == 1
+    assert [box.last[2] for box in boxes] == [0, seen.length, 0, seen.length]
 
 
 def test_kept_videos_are_bounded() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,6 @@ from dycoke.cli.console import BadInput
 
 if TYPE_CHECKING:
     from dycoke.compressor import Compressor
-    from dycoke.methods.dycoke import DyCoke
 
 Model = Annotated[
     str | None,
@@ -136,32 +134,12 @@ def given_settings(**options: Any) -> dict[str, Any]:
 
 def method_of(name: str, retention: float | None, settings: dict[str, Any]) -> Compressor | None:
     """A method by its name, at a retention, in these settings; None for the full model."""
-    from dycoke.methods import METHODS, create
+    from dycoke.methods import choose
 
     try:
-        if name in ("dycoke", "dycoke+") and settings:
-            return dycoke_of(retention, {**METHODS[name].settings, **settings})
-        if name == "full" and retention is not None:
-            raise BadInput("--retention: the full model keeps everything; drop it")
-        method = create(name, retention=retention)
-        names = () if method is None else method.setting_names() & {"echo", "echo_exact"}
-        if foreign := settings.keys() - names:
-            given = ", ".join(option_name(own) for own in settings if own in foreign)
-            raise BadInput(f"{given}: settings of dycoke, and {name} has none of them; drop them")
-        return replace(method, **settings) if method is not None and settings else method
+        return choose({"method": name, "retention": retention, **settings})
     except (TypeError, ValueError) as error:
         raise BadInput(str(error)) from None
-
-
-def dycoke_of(retention: float | None, settings: dict[str, Any]) -> DyCoke:
-    """DyCoke in these settings. May raise what it raises."""
-    from dycoke.errors import check_retention
-    from dycoke.methods.dycoke import DyCoke
-
-    if retention is None:
-        return DyCoke(**settings)
-    exclusive(retention=retention, **{k: settings.get(k) for k in ("merge_ratio", "token_budget")})
-    return DyCoke(token_budget=check_retention("retention", retention), **settings)
 
 
 def _number(name: str, text: str) -> int | float:

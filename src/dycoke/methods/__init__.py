@@ -15,7 +15,9 @@ In your own project step 2 is ``register(Entry(...))``; ``examples/new_method.py
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from dycoke.compressor import Compressor
 from dycoke.core.method import VideoContext
@@ -182,6 +184,51 @@ def create(name: str, *, retention: float | None = None) -> Compressor | None:
         raise ValueError(f"{name}: {error}") from None
 
 
+def choose(given: Mapping[str, Any], default: Compressor | None = None) -> Compressor | None:
+    """The method that settings by name come to, as a command, a request or the page gives them.
+
+    Parameters
+    ----------
+    given : ``{"off": True}`` alone; or ``method``, ``retention``, and settings of the method.
+        Without a method and a retention, settings change those of ``default``.
+    default : None for DyCoke.
+
+    Returns
+    -------
+    Compressor or None
+        None for the full model.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what no method has, or does not take.
+    """
+    settings = {name: value for name, value in given.items() if value is not None}
+    if "off" in settings:
+        off = settings.pop("off")
+        if not isinstance(off, bool) or (off and settings):
+            raise ValueError(f"off must be true, alone, or false, got {dict(given)!r}")
+        if off:
+            return None
+    name, retention = settings.pop("method", None), settings.pop("retention", None)
+    if not isinstance(name, str | None):
+        raise TypeError(f"method must be a name, got {name!r}")
+    if name == "full" and (settings or retention is not None):
+        listed = ", ".join([*settings, *(["retention"] if retention is not None else [])])
+        raise ValueError(f"the full model keeps everything and has no settings; drop {listed}")
+    if retention is not None:
+        for other in ("merge_ratio", "token_budget", "ratio"):
+            if other in settings:
+                raise ValueError(f"retention and {other} both say how many tokens stay; drop one")
+    if name is None and retention is None and default is not None:
+        method: Compressor | None = default
+    else:
+        method = create(name or "dycoke", retention=retention)
+    if method is None or not settings:
+        return method
+    return type(method).from_dict({**method.to_dict(), **settings})
+
+
 def one_shot(name: str, *, retention: float | None = None) -> Compressor | None:
     """A method by its name, of which every step attends to all that it keeps."""
     method = create(name, retention=retention)
@@ -212,6 +259,7 @@ __all__ = [
     "VidCom2",
     "VideoContext",
     "VisionZip",
+    "choose",
     "create",
     "from_dict",
     "one_shot",

@@ -8,21 +8,22 @@ import hmac
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from dycoke import __version__
 from dycoke.assistant import Answer, Assistant
 from dycoke.batching import Row
 from dycoke.compressor import Compressor
-from dycoke.methods import create
+from dycoke.methods import choose
 from dycoke.serve import media
 from dycoke.serve.media import Policy
 from dycoke.serve.metrics import Metrics
@@ -36,7 +37,7 @@ from dycoke.serve.protocol import (
     parse_chat,
     parse_json,
 )
-from dycoke.serve.steps import Event, Steps
+from dycoke.serve.steps import WATCHED_FULL, Event, Steps
 from dycoke.serve.viewer import Viewer
 from dycoke.serve.work import Emit, Job, Watcher, Worker, full
 from dycoke.video import Video, read
@@ -61,6 +62,7 @@ class Settings:
     cache_bytes : bytes of watched videos that are kept.
     threads : that decode videos and make inputs.
     viewer : whether the page is served at "/".
+    patience : seconds in which the next piece of a body must come.
     """
 
     name: str = "nano"
@@ -76,6 +78,7 @@ class Settings:
     cache_bytes: int = 1 << 30
     threads: int = 2
     viewer: bool = False
+    patience: float = 60.0
 
 
 class Server:
@@ -194,21 +197,27 @@ class Server:
             # A web page of somebody else can send other types without asking first.
             raise ApiError(415, f"the content type must be application/json, got {kind!r}")
         most = self.settings.policy.max_bytes * 4 // 3 + (4 << 20)
-        body = bytearray()
-        async for piece in request.stream():
-            body += piece
-            if len(body) > most:
-                raise ApiError(413, f"the body is larger than {most} bytes")
+        body, pieces = bytearray(), aiter(request.stream())
+        try:
+            while piece := await asyncio.wait_for(anext(pieces, b""), self.settings.patience):
+                body += piece
+                if len(body) > most:
+                    raise ApiError(413, f"the body is larger than {most} bytes")
+        except TimeoutError:
+            raise ApiError(408, "the rest of the body did not come") from None
+        except ClientDisconnect:
+            raise ApiError(499, "cancelled") from None
         return await asyncio.to_thread(parse_json, bytes(body))
 
     def _compressor(self, asked: ChatRequest) -> Compressor | None:
         """What a request's ``dycoke`` field says."""
-        if asked.compress is None:
-            return self.settings.compressor
-        try:
-            return compressor_of(asked.compress, self.settings.compressor)
-        except (TypeError, ValueError) as error:
-            raise ApiError(400, f"dycoke: {error}", "dycoke") from None
+        method = self.settings.compressor
+        if asked.compress is not None:
+            try:
+                method = choose(asked.compress, method)
+            except (TypeError, ValueError) as error:
+                raise ApiError(400, f"dycoke: {error}", "dycoke") from None
+        return WATCHED_FULL if method is None and asked.steps else method
 
     def _prepare(
         self,
@@ -230,8 +239,19 @@ class Server:
             else:
                 videos.append(self._read(found, asked))
         decoded = time.perf_counter()
+        # A step's masks come with the video's own forward, which a kept one has behind it.
+        key = None
+        if not asked.steps:
+            key = self.worker.key_of(asked.turns, videos, images, compressor)
+        seen = None if key is None else self.worker.cache.get(key)
         with self._tokenizing:
-            inputs = self._reader.prepare_chat(asked.turns, videos, images)
+            inputs = None
+            if seen is not None:
+                with suppress(ValueError):  # this conversation does not begin with it
+                    inputs = {"input_ids": seen.tokens(asked.turns, self._reader)}
+            if inputs is None:
+                seen = None
+                inputs = self._reader.prepare_chat(asked.turns, videos, images)
         default, most = self.settings.max_tokens
         limit = default if asked.max_tokens is None else asked.max_tokens
         if limit > most:
@@ -250,12 +270,14 @@ class Server:
             emit=emit,
             watch=self._watch(videos, row, emit) if asked.steps else None,
             before=(decoded - began, time.perf_counter() - decoded),
+            seen=seen,
+            video_key=key,
         )
 
     def _watch(self, videos: Sequence[Video], row: Row, emit: Emit) -> Callable[[int], Watcher]:
         """Listeners that tell what each token looked at, as the page has it."""
-        if len(videos) != 1:
-            raise ApiError(400, f"dycoke: steps are of one video, got {len(videos)}", "dycoke")
+        if not videos:
+            raise ApiError(400, "dycoke: steps are of videos, and there is none here", "dycoke")
         decode = functools.partial(
             self.assistant.processor.tokenizer.decode, skip_special_tokens=True
         )
@@ -263,7 +285,7 @@ class Server:
         def tell(what: Event) -> None:
             emit(("step", what))
 
-        return lambda place: Steps(videos[0], decode, tell, row=place, ended=lambda: row.done)
+        return lambda place: Steps(videos, decode, tell, row=place, ended=lambda: row.done)
 
     def _check_length(self, prompt: int, new: int) -> None:
         config = self.assistant.model.config.get_text_config()
@@ -283,7 +305,8 @@ class Server:
         with media.on_disk(found, "video") as path:
             count = asked.frames or self.settings.frames
             if asked.fps is not None:
-                count = max(1, round(read(path, 1, max_pixels=pixels).duration * asked.fps))
+                wanted = read(path, 1, max_pixels=pixels).duration * asked.fps
+                count = max(1, round(min(wanted, most + 1)))
             if count > most:
                 raise ApiError(
                     400, f"{count} frames are more than this server's {most}", "media_io_kwargs"
@@ -413,43 +436,6 @@ class _Replies:
         ):
             self._metrics.add(f"dycoke_{name}_total", amount)
         return Usage(prompt, new, visual, kept, cached)
-
-
-def compressor_of(given: Mapping[str, Any], default: Compressor | None = None) -> Compressor | None:
-    """The method that a request's settings name.
-
-    Parameters
-    ----------
-    given : ``off`` alone; or ``method``, ``retention``, and settings of the method. Without a
-        method, settings change those of ``default``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        For what no method has, or does not take.
-    """
-    settings = dict(given)
-    if "off" in settings:
-        off = settings.pop("off")
-        if not isinstance(off, bool) or (off and settings):
-            raise ValueError(f"off must be true, alone, or false, got {given!r}")
-        if off:
-            return None
-    name, retention = settings.pop("method", None), settings.pop("retention", None)
-    if name is None and default is not None and retention is None:
-        method: Compressor | None = default
-    elif name is not None and not isinstance(name, str):
-        raise TypeError(f"method must be a name, got {name!r}")
-    else:
-        method = create(name or "dycoke", retention=retention)
-    if method is None:
-        if settings:
-            raise ValueError(f"the full model has no settings, got {settings!r}")
-        return None
-    if unknown := settings.keys() - method.setting_names():
-        known = ", ".join(sorted(method.setting_names()))
-        raise ValueError(f"no settings {', '.join(sorted(unknown))}; there are {known}")
-    return replace(method, **settings)
 
 
 def _report(answer: Answer) -> dict[str, Any] | None:

@@ -7,7 +7,6 @@ names other files is refused (`dycoke.video.opening`).
 from __future__ import annotations
 
 import base64
-import binascii
 import http.client
 import io
 import ipaddress
@@ -93,13 +92,12 @@ def _data(url: str, policy: Policy) -> bytes:
         raise ApiError(400, "a data: URL needs a comma before its data", PARAM)
     if len(data) * 3 // 4 > policy.max_bytes + 3:
         raise _too_large(policy)
-    if not head.lower().endswith(";base64"):
-        made = unquote_to_bytes(data)
-    else:
-        try:
-            made = base64.b64decode(data, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise ApiError(400, f"a data: URL with bad base64: {error}", PARAM) from None
+    based = head.lower().endswith(";base64")
+    try:
+        made = base64.b64decode(data, validate=True) if based else unquote_to_bytes(data)
+    except ValueError as error:
+        what = "base64" if based else "text"
+        raise ApiError(400, f"a data: URL with bad {what}: {error}", PARAM) from None
     if len(made) > policy.max_bytes:
         raise _too_large(policy)
     return made
@@ -265,7 +263,7 @@ def as_image(data: bytes | Path) -> Any:
     ApiError
         422 where it is none, or has more than 2 ** 26 pixels.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(data if isinstance(data, Path) else io.BytesIO(data)) as image:
@@ -274,5 +272,7 @@ def as_image(data: bytes | Path) -> Any:
             return ImageOps.exif_transpose(image).convert("RGB")
     except ApiError:
         raise
+    except UnidentifiedImageError:  # its message names an object of ours
+        raise ApiError(422, "not a readable image, of an unknown kind or cut off", PARAM) from None
     except Exception as error:  # Pillow raises what its plug-ins do
         raise ApiError(422, f"not a readable image: {error}", PARAM) from None

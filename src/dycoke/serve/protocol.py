@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dycoke.errors import UnsupportedError
 
+HALVES = re.compile(r"\\u[dD][89a-fA-F]")
+MOST_SAID = 1000  # characters of an error's message
+LEAST_HEAT = 0.01  # of sampling, as in vLLM: less of it overflows
 MOST_TEXT = 1 << 20  # characters of a conversation
 # Named, since to ignore them would give another answer than was asked for.
 REFUSED = {
@@ -38,7 +42,9 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        message = " ".join(str(self).split())
+        # What is quoted may hold what UTF-8 cannot say.
+        message = str(self) if len(str(self)) <= MOST_SAID else str(self)[:MOST_SAID] + "…"
+        message = " ".join(message.split()).encode("utf-8", "backslashreplace").decode()
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
 
@@ -84,13 +90,17 @@ class ChatRequest:
 
 
 def parse_json(body: bytes) -> Any:
-    """JSON, without the numbers that it does not have."""
+    """JSON in UTF-8, without the numbers that it does not have, or halves of characters."""
 
     def no_number(name: str) -> Any:
         raise ApiError(400, f"{name} is no number of JSON")
 
     try:
-        return json.loads(body, parse_constant=no_number)
+        text = body.decode("utf-8-sig")
+        made = json.loads(text, parse_constant=no_number)
+        if HALVES.search(text):  # two of them can be one character
+            json.dumps(made, ensure_ascii=False).encode()
+        return made
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {error}") from None
 
@@ -127,7 +137,11 @@ def parse_chat(body: Any, models: Sequence[str]) -> ChatRequest:
     if compress is not None and not isinstance(compress, dict):
         raise ApiError(400, f"dycoke must be an object of settings, got {compress!r}", "dycoke")
     compress = None if compress is None else dict(compress)
-    steps = False if compress is None else compress.pop("steps", False)
+    steps = compress is not None and _flag(compress, "steps")
+    if compress is not None:
+        compress.pop("steps", None)
+    if steps and not body.get("stream"):
+        raise ApiError(400, "dycoke: steps come in the chunks of a stream; set stream", "dycoke")
     options = body.get("stream_options")
     return ChatRequest(
         turns=turns,
@@ -141,7 +155,7 @@ def parse_chat(body: Any, models: Sequence[str]) -> ChatRequest:
         stream=_flag(body, "stream"),
         usage=isinstance(options, dict) and _flag(options, "include_usage"),
         compress=compress or None,
-        steps=bool(steps),
+        steps=steps,
     )
 
 
@@ -220,16 +234,17 @@ def _frames(given: Any) -> tuple[int | None, float | None]:
 def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of generate; what changes greedy search, too, is always among them."""
     made: dict[str, Any] = {}
-    penalty = _number(body, "repetition_penalty", None, 0, None, above=True)
+    penalty = _number(body, "repetition_penalty", None, 0.01, 100)
     if penalty is not None and penalty != 1:
-        made["repetition_penalty"] = penalty
+        made["repetition_penalty"] = float(penalty)
     temperature = _number(body, "temperature", 0, 0, 100)
     top_p = _number(body, "top_p", 1, 0, 1, above=True)
     min_p = _number(body, "min_p", None, 0, 1)
     top_k = _number(body, "top_k", None, -1, None, whole=True)
     if not temperature:
         return made
-    made |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    made |= {"do_sample": True, "temperature": max(float(temperature), LEAST_HEAT)}
+    made["top_p"] = float(1 if top_p is None else top_p)
     made["top_k"] = int(top_k) if top_k is not None and top_k > 0 else 0
     if min_p:
         made["min_p"] = min_p

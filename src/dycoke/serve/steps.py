@@ -17,9 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from dycoke.core.steps import SampleStep, Step, VideoMasks
+from dycoke.methods.dycoke import DyCoke
 from dycoke.video import Video
 
 Event = dict[str, Any]
+WATCHED_FULL = DyCoke(merge_ratio=0, prune_ratio=0)
+"""The full model for one who watches: it removes nothing, and has steps."""
 LONGEST = 192  # longer side of a frame's picture, in pixels
 UNFINISHED = "\ufffd"  # what a tokenizer makes of half a character
 
@@ -59,12 +62,15 @@ def pictures(video: Video, count: int) -> tuple[list[str], list[float]]:
     return made, [round(video.timestamps[i], 3) for i in shown]
 
 
-def start_event(video: Video, masks: VideoMasks) -> Event:
-    """What is known once the prompt was read: frames, and what became of their tokens."""
+def start_event(videos: Sequence[Video], masks: Sequence[VideoMasks]) -> Event:
+    """What is known once the prompt was read: frames of each video, and its tokens' fate."""
+    return {"event": "start", "videos": [_shown(*one) for one in zip(videos, masks, strict=True)]}
+
+
+def _shown(video: Video, masks: VideoMasks) -> dict[str, Any]:
     frames, tokens = masks.keep.shape
     shown, times = pictures(video, frames)
     return {
-        "event": "start",
         "frames": shown,
         "times": times,
         "size": list(video.frames.shape[1:3]),
@@ -78,9 +84,9 @@ def start_event(video: Video, masks: VideoMasks) -> Event:
 def word_event(index: int, text: str, row: SampleStep, attention: bool) -> Event:
     """One generated token, and what the forward that wrote it attended to.
 
-    ``active`` and ``recalled`` are bitsets over the kept tokens. ``attention`` is there where it
-    is asked for and the forward has it; ``share`` is how much of all its attention went to the
-    video.
+    ``active`` and ``recalled`` are bitsets over the kept tokens of all videos. ``attention`` is
+    there where it is asked for and the forward has it; ``share`` is how much of all its attention
+    went to the videos.
     """
     event: Event = {
         "event": "word",
@@ -96,14 +102,14 @@ def word_event(index: int, text: str, row: SampleStep, attention: bool) -> Event
 
 
 class Steps:
-    """Listens to one answer about one video and hands its events on, a word as soon as it is known.
+    """Listens to one answer about videos and hands its events on, a word as soon as it is known.
 
     A forward writes a token that only the next one feeds: so a word is told one forward later, and
     the last one by `finish`.
 
     Parameters
     ----------
-    video : what the prompt shows.
+    videos : what the prompt shows, in order.
     decode : from token ids to text, without special tokens.
     emit : takes the events, in the thread of generate.
     attention : whether words bring their attention.
@@ -113,14 +119,14 @@ class Steps:
 
     def __init__(
         self,
-        video: Video,
+        videos: Sequence[Video],
         decode: Callable[[Sequence[int]], str],
         emit: Callable[[Event], None],
         attention: bool = True,
         row: int = 0,
         ended: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._video, self._decode, self._emit = video, decode, emit
+        self._videos, self._decode, self._emit = videos, decode, emit
         self._attention, self._row, self._ended = attention, row, ended
         self._generation: int | None = None
         self._waiting: SampleStep | None = None
@@ -134,7 +140,7 @@ class Steps:
         elif step.generation != self._generation:
             return  # one that runs inside this one, as guidance does
         if step.index == 0:
-            self._emit(start_event(self._video, step.videos[self._row][0]))
+            self._emit(start_event(self._videos, step.videos[self._row]))
         elif self._waiting is None:
             return  # the answer is complete
         elif step.ids is not None:

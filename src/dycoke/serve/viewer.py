@@ -1,6 +1,6 @@
 """The page's own routes: its files, the stories to choose from, and answers with their steps.
 
-An answer is asked for with the clip as the request's body and comes as one JSON line per event
+An answer is asked for with the clips as the request's body and comes as one JSON line per event
 (`dycoke.serve.steps`), then ``done`` or ``error``. Whoever closes the connection ends the answer.
 """
 
@@ -23,20 +23,22 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from dycoke import nano
-from dycoke.assistant import Assistant
+from dycoke.assistant import Answer, Assistant
+from dycoke.batching import Row, answer_rows
 from dycoke.compressor import Compressor
+from dycoke.core.steps import OnStep
 from dycoke.errors import UnsupportedError
-from dycoke.methods import METHODS, create
-from dycoke.methods.dycoke import DyCoke
+from dycoke.methods import METHODS, choose
 from dycoke.nano import stories
 from dycoke.serve import media
-from dycoke.serve.protocol import ApiError
-from dycoke.serve.steps import Event, Steps
+from dycoke.serve.protocol import ApiError, parse_json
+from dycoke.serve.steps import WATCHED_FULL, Event, Steps
+from dycoke.serve.work import source_of
 from dycoke.video import Video, read
 
 Submit = Callable[[Callable[[], None]], Any]
@@ -58,6 +60,7 @@ HEADERS = {
 }
 SHOWN = (3, 23, 14, 6, 18, 1)  # seeds of the stories that the page offers
 LONGEST_QUESTION, MOST_FRAMES, MOST_WORDS = 4000, 128, 512
+MOST_CLIPS = 8  # in one question
 MAX_BYTES = 64 << 20
 LOOK_EVERY = 0.5  # seconds after which a silent connection is looked at
 
@@ -132,24 +135,27 @@ class Viewer:
         try:
             _same_origin(request)
             asked = Asked.of(request.query_params, self.frames)
-            video = await self._video(request, asked)
+            videos = await self._videos(request, asked)
             inbox = _Inbox()
             try:
-                self._submit(functools.partial(self._answer, asked, video, inbox, began))
+                self._submit(functools.partial(self._answer, asked, videos, inbox, began))
             except Exception as error:
                 raise ApiError(429, "too many questions are waiting; try again") from error
         except ApiError as error:
             return _refusal(error)
+        except ClientDisconnect:
+            return _refusal(ApiError(499, "cancelled"))
         return StreamingResponse(
             inbox.lines(request), media_type="application/x-ndjson", headers=HEADERS
         )
 
-    async def _video(self, request: Request, asked: Asked) -> Video:
-        """The story that was chosen, or the clip in the request's body."""
+    async def _videos(self, request: Request, asked: Asked) -> list[Video]:
+        """The story that was chosen, or the clips in the request's body."""
         if asked.story is not None:
-            return await asyncio.to_thread(story_video, asked.story, asked.frames)
-        too_large = ApiError(413, f"the clip is larger than {self.max_bytes >> 20} MiB")
-        if int(request.headers.get("content-length", 0)) > self.max_bytes:
+            return [await asyncio.to_thread(story_video, asked.story, asked.frames)]
+        too_large = ApiError(413, f"larger than {self.max_bytes >> 20} MiB")
+        length = request.headers.get("content-length", "0")
+        if len(length) > 15 or int(length) > self.max_bytes:  # h11 lets digits through alone
             raise too_large
         data = bytearray()
         async for part in request.stream():
@@ -158,9 +164,33 @@ class Viewer:
                 raise too_large
         if not data:
             raise ApiError(400, "there is no clip: the request's body is empty")
-        return await asyncio.to_thread(clip_video, bytes(data), asked)
+        sizes = asked.sizes or [len(data)]
+        if sum(sizes) != len(data):
+            raise ApiError(400, f"sizes say {sum(sizes)} bytes, and the body has {len(data)}")
+        videos, at = [], 0
+        for place, size in enumerate(sizes):
+            clip, name = bytes(data[at : at + size]), asked.file(place)
+            videos.append(await asyncio.to_thread(clip_video, clip, name, asked.frames))
+            at += size
+        return videos
 
-    def _answer(self, asked: Asked, video: Video, inbox: _Inbox, began: float) -> None:
+    def _generate(self, asked: Asked, videos: list[Video], on_step: OnStep) -> tuple[Answer, Row]:
+        """Ask the model; in the thread that generates."""
+        began, row = time.perf_counter(), Row(asked.words)
+        content = [*({"type": "video"} for _ in videos), {"type": "text", "text": asked.question}]
+        inputs = self.assistant.prepare_chat([{"role": "user", "content": content}], videos)
+        (answer,) = answer_rows(
+            self.assistant,
+            inputs,
+            [row],
+            asked.method,
+            on_step=on_step,
+            frame_source=source_of(self.assistant, videos),
+            before=(0.0, time.perf_counter() - began),
+        )
+        return answer, row
+
+    def _answer(self, asked: Asked, videos: list[Video], inbox: _Inbox, began: float) -> None:
         """In the thread that generates: ask, and send what happens."""
 
         def emit(event: Event) -> None:
@@ -173,15 +203,12 @@ class Viewer:
 
         tokenizer = self.assistant.processor.tokenizer
         decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
-        steps = Steps(video, decode, emit)
+        steps = Steps(videos, decode, emit)
         try:
             if inbox.left.is_set():  # while it waited
                 return
-            answer = self.assistant.ask(
-                video, asked.question, asked.method, max_new_tokens=asked.words, on_step=steps
-            )
-            last = tokenizer.convert_tokens_to_ids(answer.tokens[-1]) if answer.tokens else None
-            steps.finish(last)
+            answer, row = self._generate(asked, videos, steps)
+            steps.finish(row.ids[-1] if row.ids else None)
             assert answer.report is not None
             took = time.perf_counter() - began
             timings = answer.timings.to_dict() | {"total_s": took}
@@ -206,7 +233,7 @@ class Asked:
     ----------
     question : the user's words.
     story : seed of the story that is asked about; None for a clip in the body.
-    file : what the clip is called in messages.
+    sizes : bytes of each clip in the body, in order; empty where it is one clip.
     frames, words : frames to sample; length limit of the answer, in tokens.
     name, method : the method's name and settings. The full model is watched as settings that
         remove nothing.
@@ -218,7 +245,8 @@ class Asked:
             raise ApiError(400, "there is no question")
         if len(self.question) > LONGEST_QUESTION:
             raise ApiError(400, f"the question is longer than {LONGEST_QUESTION} characters")
-        self.file: str = Path(values.get("name") or "the clip").name[:80]
+        self._names = [Path(name).name[:80] for name in values.getlist("name")]
+        self.sizes = _sizes(values.get("sizes", ""))
         self.frames = _count(values, "frames", frames, MOST_FRAMES)
         self.words = _count(values, "words", 128, MOST_WORDS)
         self.story: int | None = None
@@ -231,6 +259,11 @@ class Asked:
     def of(cls, values: Any, frames: int) -> Asked:
         """From a request's query; raises `ApiError`."""
         return cls(values, frames)
+
+    def file(self, place: int) -> str:
+        """What a clip of the body is called in messages."""
+        named = self._names[place] if place < len(self._names) else ""
+        return named or "the clip"
 
     @property
     def truth(self) -> str | None:
@@ -276,35 +309,47 @@ def _file(name: str, kind: str, request: Request) -> Response:
 def _same_origin(request: Request) -> None:
     """Refuse what another site's page sends: its visitors' browsers could reach this one."""
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+    if origin is None:
+        return
+    try:
+        host = urlsplit(origin).netloc
+    except ValueError:
+        host = ""
+    if host != request.headers.get("host"):
         raise ApiError(403, f"a page of {origin} may not ask here")
 
 
 def _count(values: Any, name: str, default: int, most: int, least: int = 1) -> int:
     text = values.get(name) or str(default)
-    if not text.isascii() or not text.isdecimal() or not least <= int(text) <= most:
+    whole = text.isascii() and text.isdecimal() and len(text) < 16
+    if not whole or not least <= int(text) <= most:
         raise ApiError(400, f"{name} must be a number from {least} to {most}, got {text[:40]!r}")
     return int(text)
 
 
+def _sizes(text: str) -> list[int]:
+    parts = text.split(",") if text else []
+    good = all(part.isascii() and part.isdecimal() and 0 < len(part) < 16 for part in parts)
+    sizes = [int(part) for part in parts] if good else [0]
+    if not all(sizes) or len(sizes) > MOST_CLIPS:
+        raise ApiError(400, f"sizes must be up to {MOST_CLIPS} lengths in bytes, got {text[:40]!r}")
+    return sizes
+
+
 def _method(name: str, settings: str | None) -> Compressor:
     try:
-        given = json.loads(settings) if settings else {}
+        given = parse_json(settings.encode()) if settings else {}
         if not isinstance(given, dict):
             raise TypeError(f"settings must be an object, got {settings!r}")
-        if name == "full":
-            return DyCoke(merge_ratio=0, prune_ratio=0)
-        method = create(name)
-        assert method is not None
-        return method if not given else type(method).from_dict({**method.to_dict(), **given})
+        return choose({**given, "method": name}) or WATCHED_FULL
     except (TypeError, ValueError) as error:
         raise ApiError(400, str(error)) from None
 
 
-def clip_video(data: bytes, asked: Asked) -> Video:
+def clip_video(data: bytes, name: str, frames: int) -> Video:
     """The frames of an uploaded file; raises `ApiError` in its own name."""
-    with media.on_disk(data, asked.file) as path:
-        return read(path, asked.frames)
+    with media.on_disk(data, name) as path:
+        return read(path, frames)
 
 
 @functools.lru_cache(maxsize=8)

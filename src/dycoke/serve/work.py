@@ -23,6 +23,8 @@ from dycoke.video import Video
 LOG = logging.getLogger("dycoke.serve")
 Call = Callable[[], None]
 Emit = Callable[[tuple[Any, ...]], None]
+Key = tuple[bytes, Compressor | None]
+"""Of a video among those that are kept: its frames' digest, and the method."""
 
 
 class Watcher(Protocol):
@@ -41,7 +43,8 @@ class Job:
     Attributes
     ----------
     turns, videos, images : the conversation, and what its parts are.
-    inputs : the model's, as `Assistant.prepare_chat` made them.
+    inputs : the model's, as `Assistant.prepare_chat` made them; of a video that is kept only the
+        prompt's tokens, ``input_ids``.
     compressor : None for the full model.
     generate : arguments of generate.
     seed : of sampling; jobs with one go alone.
@@ -50,6 +53,8 @@ class Job:
         ("error", ApiError).
     watch : makes the listener of a row, by its place in the batch; None where nobody looks.
     before : seconds of fetching and decoding, and of the processor.
+    seen : the job's video, where it is kept since another question; it then goes alone.
+    video_key : of the video among those that are kept; None where it is not looked for there.
     """
 
     turns: Turns
@@ -63,11 +68,13 @@ class Job:
     emit: Emit
     watch: Callable[[int], Watcher] | None = None
     before: tuple[float, float] = (0.0, 0.0)
+    seen: Seen | None = None
+    video_key: Key | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What is equal for jobs that can be one batch."""
-        alone = id(self) if self.seed is not None else None
+        alone = id(self) if self.seed is not None or self.seen is not None else None
         # Frames that are images to the model are told apart by how many each prompt has.
         frames = tuple(len(video.frames) for video in self.videos)
         return (
@@ -81,31 +88,34 @@ class Job:
 
 
 class SeenCache:
-    """Videos that were watched, least recently used first, bounded in bytes."""
+    """Videos that were watched, least recently used first, bounded in bytes; for any thread."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.bytes = max_bytes, 0
         self.hits = self.misses = 0
-        self._kept: OrderedDict[tuple[Any, ...], Seen] = OrderedDict()
+        self._kept: OrderedDict[Key, Seen] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def get(self, key: tuple[Any, ...]) -> Seen | None:
-        seen = self._kept.get(key)
-        if seen is not None:
-            self._kept.move_to_end(key)
-        return seen
+    def get(self, key: Key) -> Seen | None:
+        with self._lock:
+            seen = self._kept.get(key)
+            if seen is not None:
+                self._kept.move_to_end(key)
+            return seen
 
-    def put(self, key: tuple[Any, ...], seen: Seen) -> None:
+    def put(self, key: Key, seen: Seen) -> None:
         """Keep a watched video, where it fits at all."""
         if seen.nbytes > self.max_bytes:
             return
-        self._kept[key] = seen
-        self.bytes += seen.nbytes
-        while self.bytes > self.max_bytes:
-            _, old = self._kept.popitem(last=False)
-            self.bytes -= old.nbytes
+        with self._lock:
+            self._kept[key] = seen
+            self.bytes += seen.nbytes
+            while self.bytes > self.max_bytes:
+                _, old = self._kept.popitem(last=False)
+                self.bytes -= old.nbytes
 
 
 class Worker:
@@ -236,7 +246,7 @@ class Worker:
                 [job.row for job in jobs],
                 first.compressor,
                 on_step=listen if listening and first.compressor is not None else None,
-                frame_source=self._frame_source(first),
+                frame_source=source_of(self.assistant, first.videos),
                 before=max(job.before for job in jobs),
                 **first.generate,
             )
@@ -247,12 +257,6 @@ class Worker:
                 watcher.finish(job.row.ids[-1] if job.row.ids else None)
         return answers, cached
 
-    def _frame_source(self, job: Job) -> FrameSource | None:
-        source = frame_source_of(self.assistant.model.config)
-        if source == "images" and len(job.videos) > 1:
-            return tuple(len(video.frames) for video in job.videos)
-        return source
-
     def _inputs(self, jobs: list[Job]) -> tuple[Mapping[str, Any], int, Timings | None]:
         """The batch's inputs, how many of its prompt's tokens were there already, and what watching
         its video took, where that was done now.
@@ -260,33 +264,54 @@ class Worker:
         if len(jobs) > 1:
             return collate([job.inputs for job in jobs], pad_of(self.assistant)), 0, None
         (job,) = jobs
-        drops = job.compressor is not None and job.compressor.drops
-        # A step's masks come with the video's own forward, which a watched one has behind it.
-        if not self.cache.max_bytes or not _begins_with_video(job) or drops or job.watch:
+        if job.video_key is None:
             return job.inputs, 0, None
-        video = job.videos[0]
-        key = (content_of(video), job.compressor)
-        seen = self.cache.get(key)
+        # It may be kept since this job was prepared.
+        seen, watching = job.seen or self.cache.get(job.video_key), None
         if seen is not None:
             self.cache.hits += 1
-            return seen.inputs(job.turns), seen.length, None
-        self.cache.misses += 1
-        seen = self.assistant.watch(video, job.compressor)
-        self.cache.put(key, seen)
-        return seen.inputs(job.turns), 0, seen.timings
+        else:
+            self.cache.misses += 1
+            (video,), prepared = job.videos, (job.turns, job.inputs)
+            seen = self.assistant.watch(video, job.compressor, prepared=prepared)
+            watching = seen.timings
+            self.cache.put(job.video_key, seen)
+        ids = job.inputs["input_ids"]
+        if not seen.begins(ids):  # a template that puts something before the video at times
+            return job.inputs, 0, watching
+        return seen.inputs_of(ids), 0 if watching else seen.length, watching
+
+    def key_of(
+        self,
+        turns: Turns,
+        videos: Sequence[Video],
+        images: Sequence[Any],
+        method: Compressor | None,
+    ) -> Key | None:
+        """Of a conversation's video among those that are kept; None for one that keeps none.
+
+        Those are kept that a conversation is about alone, with nothing said before it.
+        """
+        drops = method is not None and method.drops
+        if not self.cache.max_bytes or drops or images or len(videos) != 1:
+            return None
+        role, content = turns[0]["role"], turns[0]["content"]
+        if role != "user" or not content or content[0]["type"] != "video":
+            return None
+        return content_of(videos[0]), method
+
+
+def source_of(assistant: Assistant, videos: Sequence[Video]) -> FrameSource | None:
+    """Where the frames of a prompt with these videos are, see `Compressor.__call__`."""
+    source = frame_source_of(assistant.model.config)
+    if source == "images" and len(videos) > 1:
+        return tuple(len(video.frames) for video in videos)
+    return source
 
 
 def full(waiting: int) -> ApiError:
     """The error where too many wait."""
     return ApiError(429, f"{waiting} requests are waiting; try later", code="rate_limit_exceeded")
-
-
-def _begins_with_video(job: Job) -> bool:
-    """Whether the conversation is about one video alone, and nothing is said before it."""
-    if len(job.videos) != 1 or job.images:
-        return False
-    first = job.turns[0]
-    return bool(first["role"] == "user" and first["content"][0]["type"] == "video")
 
 
 def _sum(watching: Timings, asking: Timings) -> Timings:

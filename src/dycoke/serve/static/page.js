@@ -57,31 +57,49 @@ class Pane {
   }
 
   async start(event) {
-    this.info = event;
-    this.keep = bytes(event.keep);
-    this.encoded = event.encoded && bytes(event.encoded);
     this.places = []; // of the kept tokens, among all
-    for (let i = 0; i < event.tokens; i++) if (has(this.keep, i)) this.places.push(i);
-    this.perFrame = event.grid[0] * event.grid[1];
-    if (this.encoded) $("skipped").hidden = false;
-    const [height, width] = event.size;
-    const scale = SIDE / Math.max(height, width);
-    this.box = [Math.round(width * scale), Math.round(height * scale)];
-    this.find(".frames").replaceChildren(...event.times.map((time) => this.figure(time)));
-    this.figures = [...this.find(".frames").children];
-    this.set("tokens", event.tokens);
-    this.set("kept", this.places.length, event.tokens);
+    this.frames = []; // of all videos
+    this.tokens = 0;
+    for (const [v, video] of event.videos.entries()) {
+      const keep = bytes(video.keep), encoded = video.encoded && bytes(video.encoded);
+      for (let i = 0; i < video.tokens; i++) if (has(keep, i)) this.places.push(this.tokens + i);
+      const perFrame = video.grid[0] * video.grid[1], scale = SIDE / Math.max(...video.size);
+      const [height, width] = video.size.map((side) => Math.round(side * scale));
+      video.times.forEach((time, f) => this.frames.push({
+        time, grid: video.grid, width, height, encoded,
+        from: f * perFrame, // among the video's tokens
+        first: this.tokens + f * perFrame, // among all
+        video: event.videos.length > 1 ? v + 1 : 0,
+      }));
+      this.tokens += video.tokens;
+      if (encoded) $("skipped").hidden = false;
+    }
+    this.owner = new Int32Array(this.tokens); // the frame of each token
+    this.frames.forEach((frame, f) => this.owner.fill(f, frame.first));
+    this.figures = this.frames.map((frame) => this.figure(frame));
+    this.find(".frames").replaceChildren(...this.figures.flatMap((figure, f) => {
+      const { video, from } = this.frames[f];
+      return video && !from ? [this.title(video), figure] : [figure];
+    }));
+    this.set("tokens", this.tokens);
+    this.set("kept", this.places.length, this.tokens);
     const truth = this.find(".truth");
     truth.hidden = !event.truth;
     truth.textContent = `In the clip: ${event.truth}.`;
-    this.pictures = await Promise.all(event.frames.map(picture));
+    this.pictures = await Promise.all(event.videos.flatMap((video) => video.frames).map(picture));
     this.draw();
   }
 
-  figure(time) {
+  title(video) {
+    const title = document.createElement("h3");
+    title.textContent = `Clip ${video}: ${this.asked.clip.files[video - 1].name}`;
+    return title;
+  }
+
+  figure({ time, width, height }) {
     const figure = document.createElement("figure");
     const canvas = document.createElement("canvas");
-    [canvas.width, canvas.height] = this.box;
+    [canvas.width, canvas.height] = [width, height];
     canvas.setAttribute("role", "img");
     const caption = document.createElement("figcaption");
     caption.append(`${time.toFixed(1)} s`, document.createElement("i"));
@@ -98,9 +116,9 @@ class Pane {
       top: event.top || 0,
       share: event.share,
     };
-    step.frames = new Float64Array(this.info.times.length);
+    step.frames = new Float64Array(this.frames.length);
     if (step.attention)
-      step.attention.forEach((a, v) => (step.frames[Math.floor(this.places[v] / this.perFrame)] += a * step.top / 255));
+      step.attention.forEach((a, v) => (step.frames[this.owner[this.places[v]]] += a * step.top / 255));
     if (!this.steps.length) this.words.replaceChildren();
     this.steps.push(step);
     const index = this.steps.length - 1;
@@ -165,8 +183,13 @@ class Pane {
   describe() {
     const step = this.steps[this.at];
     const best = step.frames.indexOf(Math.max(...step.frames));
-    const where = step.attention ? `, most at ${this.info.times[best].toFixed(1)} seconds` : "";
+    const where = step.attention ? `, most at ${this.where(best)} seconds` : "";
     return `Word ${this.at + 1}, ${plain(step.text) || "end"}: attends to ${size(step.active)} tokens, ${size(step.recalled)} recalled${where}.`;
+  }
+
+  where(f) {
+    const { time, video } = this.frames[f];
+    return `${video ? `clip ${video}, ` : ""}${time.toFixed(1)}`;
   }
 
   play() {
@@ -194,11 +217,11 @@ class Pane {
     if (step) {
       this.find("output").textContent = `word ${this.at + 1} of ${this.steps.length}`;
       this.slider.setAttribute("aria-valuetext", this.describe());
-      this.set("active", size(step.active), this.info.tokens);
+      this.set("active", size(step.active), this.tokens);
       this.set("recalled", size(step.recalled));
     }
     if (!this.pictures) return;
-    const index = new Int32Array(this.info.tokens).fill(-1);
+    const index = new Int32Array(this.tokens).fill(-1);
     this.places.forEach((place, v) => (index[place] = v));
     const most = step ? Math.max(...step.frames) : 0;
     this.figures.forEach((figure, f) => this.drawFrame(figure, f, step, index, most));
@@ -207,9 +230,8 @@ class Pane {
 
   drawFrame(figure, f, step, index, most) {
     const [canvas, caption] = figure.children;
-    const [width, height] = this.box;
+    const { width, height, grid: [rows, columns], encoded, from, first } = this.frames[f];
     const pen = canvas.getContext("2d");
-    const [rows, columns] = this.info.grid;
     const counts = { kept: 0, active: 0, recalled: 0 };
     const everything = step && size(step.active) === this.places.length;
     pen.imageSmoothingEnabled = this.pictures[f].width >= width;
@@ -218,9 +240,9 @@ class Pane {
     for (let j = 0; j < rows * columns; j++) {
       const x = Math.round((j % columns) * width / columns), y = Math.round(Math.floor(j / columns) * height / rows);
       const w = Math.round((j % columns + 1) * width / columns) - x, h = Math.round((Math.floor(j / columns) + 1) * height / rows) - y;
-      const v = index[f * this.perFrame + j];
+      const v = index[first + j];
       if (v < 0) {
-        const skipped = this.encoded && !has(this.encoded, f * this.perFrame + j);
+        const skipped = encoded && !has(encoded, from + j);
         this.shade(pen, x, y, w, h, SHADE.gone);
         if (skipped) hatch(pen, x, y, w, h);
         continue;
@@ -247,7 +269,7 @@ class Pane {
     const share = step && most ? step.frames[f] / most : 0;
     caption.lastChild.style.setProperty("--share", share.toFixed(3));
     figure.classList.toggle("top", share === 1);
-    canvas.setAttribute("aria-label", `Frame at ${this.info.times[f].toFixed(1)} seconds: ${counts.kept} tokens kept, ${counts.active} attended, ${counts.recalled} recalled`);
+    canvas.setAttribute("aria-label", `Frame at ${this.where(f)} seconds: ${counts.kept} tokens kept, ${counts.active} attended, ${counts.recalled} recalled`);
   }
 
   shade(pen, x, y, w, h, alpha) {
@@ -261,9 +283,9 @@ class Pane {
   drawStrip() {
     const canvas = this.strip, ratio = window.devicePixelRatio || 1;
     const width = Math.round(canvas.clientWidth * ratio), height = Math.round(canvas.clientHeight * ratio);
-    if (!width || !this.info) return;
+    if (!width || !this.frames) return;
     [canvas.width, canvas.height] = [width, height];
-    const pen = canvas.getContext("2d"), count = this.info.times.length, columns = this.steps.length;
+    const pen = canvas.getContext("2d"), count = this.frames.length, columns = this.steps.length;
     this.steps.forEach((step, i) => {
       const left = Math.round(i * width / columns), right = Math.round((i + 1) * width / columns);
       const top = Math.max(...step.frames);
@@ -281,7 +303,7 @@ class Pane {
       }
     });
     canvas.setAttribute("aria-label", "Attention of each word to the frames, from the first at the top to the last: " +
-      this.steps.map((s) => `${plain(s.text)} ${s.attention ? this.info.times[s.frames.indexOf(Math.max(...s.frames))].toFixed(1) + " s" : "not known"}`).join(", "));
+      this.steps.map((s) => `${plain(s.text)} ${s.attention ? this.where(s.frames.indexOf(Math.max(...s.frames))) + " s" : "not known"}`).join(", "));
   }
 }
 
@@ -315,11 +337,13 @@ function choose(clip) {
   state.clip = clip;
   for (const button of $("stories").children)
     button.setAttribute("aria-pressed", String(clip.story === +button.dataset.seed));
-  $("drop").classList.toggle("on", Boolean(clip.file));
-  $("chosen").textContent = clip.file ? clip.file.name : "Drop a clip here";
-  $("hint").textContent = clip.file ? `${(clip.file.size / 1e6).toFixed(1)} MB` : "or choose a file";
+  $("drop").classList.toggle("on", Boolean(clip.files));
+  $("chosen").textContent = clip.files ? clip.files.map((file) => file.name).join(", ") : "Drop a clip here";
+  $("hint").textContent = clip.files ? `${(weight(clip.files) / 1e6).toFixed(1)} MB` : "or choose a file; several are one prompt";
   say("");
 }
+
+const weight = (files) => files.reduce((sum, file) => sum + file.size, 0);
 
 function say(message) {
   $("message").textContent = message;
@@ -346,7 +370,8 @@ function compare(pane) {
 
 async function run(asked, alone) {
   const limit = state.config.max_bytes;
-  if (asked.clip.file && asked.clip.file.size > limit) return say(`The clip is larger than ${limit >> 20} MiB.`);
+  const { files } = asked.clip;
+  if (files && weight(files) > limit) return say(`${files.length > 1 ? "These clips are" : "The clip is"} larger than ${limit >> 20} MiB.`);
   state.aborting?.abort();
   const aborting = (state.aborting = new AbortController());
   for (const pane of state.panes) pane.pause();
@@ -381,11 +406,13 @@ async function answer(pane, signal) {
   const { clip, method, given, question, frames } = pane.asked;
   const query = new URLSearchParams({ question, method, frames });
   if (Object.keys(given).length) query.set("settings", JSON.stringify(given));
-  if (clip.file) query.set("name", clip.file.name);
-  else query.set("story", clip.story);
+  for (const file of clip.files || []) query.append("name", file.name);
+  if (clip.files?.length > 1) query.set("sizes", clip.files.map((file) => file.size));
+  if (!clip.files) query.set("story", clip.story);
+  const body = clip.files && new Blob(clip.files);
   let response;
   try {
-    response = await fetch(`/viewer/ask?${query}`, { method: "POST", body: clip.file, signal });
+    response = await fetch(`/viewer/ask?${query}`, { method: "POST", body, signal });
   } catch (error) {
     throw error.name === "AbortError" ? error : new Error("The server does not answer.");
   }
@@ -458,13 +485,13 @@ async function begin() {
 
 $("form").onsubmit = (event) => { event.preventDefault(); ask(); };
 $("stop").onclick = () => state.aborting?.abort();
-$("file").onchange = () => $("file").files[0] && choose({ file: $("file").files[0] });
+$("file").onchange = () => $("file").files.length && choose({ files: [...$("file").files] });
 for (const kind of ["dragover", "dragleave", "drop"])
   document.addEventListener(kind, (event) => {
     event.preventDefault();
     $("form").classList.toggle("over", kind === "dragover");
-    const file = kind === "drop" && event.dataTransfer.files[0];
-    if (file) choose({ file });
+    const files = kind === "drop" ? [...event.dataTransfer.files] : [];
+    if (files.length) choose({ files });
   });
 document.addEventListener("keydown", key);
 document.addEventListener("pointermove", (event) => {
