@@ -16,6 +16,7 @@ that are really there.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +33,7 @@ from dycoke.core.selection import swap_pairs
 from dycoke.errors import UnsupportedError
 
 ROOM = 64  # rows allocated ahead, so that a token costs no copy of the whole buffer
+TABLE = 2**26  # bytes of a table, at most: while it grows, its rows are held twice
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,16 +126,78 @@ class Generation:
     counting: int = 0
     stock_layers: bool = False
 
+    def rows(self, upper: bool) -> int:
+        """The rows that an upper or a lower layer has before this forward."""
+        rows = self.upper if upper else self.lower
+        return rows.index.shape[1] + self.length - self.prompt_length if self.length else 0
+
+
+class Table:
+    """Keys and values of like layers, as if they were heads of one: (B, places * heads, rows, D).
+
+    One copy makes room for all of them, one view of all is split into theirs, and one exchange
+    moves the rows of all: in a decode step each of these takes longer to ask for than to do.
+    """
+
+    def __init__(self, parts: list[Tensor], upper: bool) -> None:
+        self.heads, self.upper, self.end = parts[0].shape[1], upper, parts[0].shape[2]
+        self.buffer = self._empty(parts[0], len(parts) * self.heads)
+        for part, rows in zip(parts, self._split(self.buffer.narrow(2, 0, self.end)), strict=True):
+            rows.copy_(part)
+        self.new: Sequence[Tensor] = ()  # per place, the rows that this forward writes
+        self.seen: Sequence[Tensor] = ()  # and those that it attends to
+
+    def rows(self, place: int) -> Tensor:
+        """The filled rows of one place, (B, heads, T, D)."""
+        return self.buffer.narrow(1, place * self.heads, self.heads).narrow(2, 0, self.end)
+
+    def open(self, begin: int, new: int, start: int) -> bool:
+        """Be ready for ``new`` rows from ``begin`` on, seen from ``start`` on; whether it grew."""
+        self.end, self.new, self.seen = begin + new, (), ()
+        grows = self.end > self.buffer.shape[2]
+        if grows:
+            grown = self._empty(self.buffer, self.buffer.shape[1])
+            grown.narrow(2, 0, begin).copy_(self.buffer.narrow(2, 0, begin))
+            self.buffer = grown
+        self.new = self._split(self.buffer.narrow(2, begin, new))
+        self.seen = self._split(self.buffer.narrow(2, start, self.end - start))
+        return grows
+
+    def _empty(self, like: Tensor, heads: int) -> Tensor:
+        return like.new_empty(like.shape[0], heads, self.end + ROOM, like.shape[3])
+
+    def _split(self, rows: Tensor) -> Sequence[Tensor]:
+        if not torch.is_grad_enabled():
+            return rows.split(self.heads, 1)
+        # What one call splits cannot be written where gradients are recorded.
+        return [rows.narrow(1, i, self.heads) for i in range(0, rows.shape[1], self.heads)]
+
+    def map_batch(self, pick: Callable[[Tensor], Tensor]) -> None:
+        self.buffer, self.new, self.seen = pick(self.buffer).contiguous(), (), ()
+
+    def places(self, rows: Tensor) -> Tensor:
+        """Rows ``rows[b, i]`` of sample b as rows of one long list over samples and heads."""
+        batch, heads, capacity, _ = self.buffer.shape
+        begins = torch.arange(batch * heads, device=rows.device).view(batch, heads, 1) * capacity
+        return (begins + rows[:, None]).flatten().to(self.buffer.device)
+
+    def move(self, source: Tensor, to: Tensor) -> None:
+        """Copy rows of that list, all at once, to where others of them were."""
+        # Whole rows are copied, which is several times faster than gather and scatter.
+        rows = self.buffer.view(-1, self.buffer.shape[3])
+        rows.index_copy_(0, to, rows.index_select(0, source))
+
 
 class VideoLayer(DynamicLayer):
-    """One decoder layer's keys and values, in a buffer with room to grow.
+    """One decoder layer's keys and values: places in tables, once its prompt is read.
 
-    ``keys`` and ``values`` are views of the filled part, (B, heads, T, D).
+    ``keys`` and ``values`` are views of the filled rows, (B, heads, T, D).
     """
 
     def __init__(self, generation: Generation, upper: bool) -> None:
-        self.buffers: list[Tensor] = []  # keys, values: (B, heads, capacity, D)
-        self.length = self.start = 0  # rows; the first one that a decode step attends to
+        # Keys (0) and values (1): of a prompt, until it is read; then where they are.
+        self.prompt: dict[int, Tensor] = {}
+        self.at: dict[int, tuple[Table, int]] = {}
         self.generation, self.upper = generation, upper
         super().__init__()
 
@@ -142,66 +206,37 @@ class VideoLayer(DynamicLayer):
     values = property(lambda self: self._rows(1), lambda self, _: None)
 
     def _rows(self, which: int) -> Tensor | None:
-        return self.buffers[which].narrow(2, 0, self.length) if self.buffers else None
+        if self.at:
+            table, place = self.at[which]
+            return table.rows(place)
+        return self.prompt.get(which)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if not self.buffers:
+        if not self.at:
             return self._fill(key_states, value_states)
-        count, begin = key_states.shape[2], self.length
-        end = self.length = begin + count
-        if end > self.buffers[0].shape[2]:
-            self._grow((key_states, value_states), begin, end + ROOM)
-        keys, values = self.buffers
-        keys.narrow(2, begin, count).copy_(key_states)
-        values.narrow(2, begin, count).copy_(value_states)
-        start = self.start if count == 1 else 0
-        return keys.narrow(2, start, end - start), values.narrow(2, start, end - start)
+        (keys, place), (values, other) = self.at[0], self.at[1]
+        keys.new[place].copy_(key_states)
+        values.new[other].copy_(value_states)
+        return keys.seen[place], values.seen[other]
 
     def _fill(self, *new: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of a prompt, in the order that decoding wants."""
-        rows = self.generation.upper if self.upper else self.generation.lower
+        order = (self.generation.upper if self.upper else self.generation.lower).order
+        index = None if order is None else order.to(new[0].device)[:, None, :, None]
         self.dtype, self.device, self.is_initialized = new[0].dtype, new[0].device, True
-        self.length, self.start = new[0].shape[2], rows.start
-        self._grow(new, 0, self.length + ROOM)
-        for buffer, states in zip(self.buffers, new, strict=True):
-            if rows.order is not None:
-                order = rows.order.to(states.device)[:, None, :, None]
-                states = states.gather(2, order.expand_as(states))
-            buffer.narrow(2, 0, self.length).copy_(states)
+        for which, states in enumerate(new):
+            # Copied, since a view may keep more alive than its rows.
+            rows = states.clone() if index is None else states.gather(2, index.expand_as(states))
+            self.prompt[which] = rows
         return new[0], new[1]
 
-    def _grow(self, like: tuple[Tensor, ...], filled: int, capacity: int) -> None:
-        grown = []
-        for i, states in enumerate(like):
-            batch, heads, _, width = states.shape
-            grown.append(states.new_empty(batch, heads, capacity, width))
-            if filled:
-                grown[i].narrow(2, 0, filled).copy_(self.buffers[i].narrow(2, 0, filled))
-        self.buffers, self.generation.grown = grown, True
-        self.generation.inferred |= torch.is_inference_mode_enabled()
-
-    def places(self, rows: Tensor) -> Tensor:
-        """Rows ``rows[b, i]`` of sample b as rows of one long table over samples and heads."""
-        batch, heads, capacity, _ = self.buffers[0].shape
-        table = torch.arange(batch * heads, device=self.device).view(batch, heads, 1) * capacity
-        return (table + rows.to(self.device)[:, None]).flatten()
-
-    def move(self, source: Tensor, to: Tensor) -> None:
-        """Copy rows of that table, all at once, to where others of them were."""
-        # Whole rows are copied, which is several times faster than gather and scatter.
-        for buffer in self.buffers:
-            rows = buffer.view(-1, buffer.shape[3])
-            rows.index_copy_(0, to, rows.index_select(0, source))
-
     def get_seq_length(self) -> int:
-        return self.length
+        return self.generation.rows(self.upper)
 
     def crop(self, tokens_to_remove: int) -> None:
-        # The new end is below every row that `move` may touch: the cache has checked that.
-        if self.buffers:
-            self.length -= abs(int(tokens_to_remove))
+        pass  # the cache crops its tables
 
     def reset(self) -> None:
         raise UnsupportedError("a DyCoke cache cannot be reset; pass a new DynamicCache()")
@@ -219,6 +254,7 @@ class VideoCache(DynamicCache):
     """
 
     generation: Generation
+    tables: list[Table]
 
     def _check_open(self) -> None:
         if not self.generation.open:
@@ -238,7 +274,7 @@ class VideoCache(DynamicCache):
     @property
     def row_count(self) -> int:
         """The rows that are really there: text, generated and kept visual tokens."""
-        return int(self.layers[self.generation.counting].get_seq_length())
+        return self.generation.rows(upper=False)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.generation.length
@@ -257,6 +293,34 @@ class VideoCache(DynamicCache):
         if not decode and offset.answered:
             offset.now = offset.turn
         offset.answered |= decode
+        for table in self.tables:
+            rows = generation.upper if table.upper else generation.lower
+            begin, start = generation.rows(table.upper), rows.start if new == 1 else 0
+            self._made(table.open(begin, new, start))
+
+    def settle(self) -> None:
+        """The prompt is read: put its rows into tables, with room for more."""
+        like: dict[Any, list[tuple[VideoLayer, int]]] = {}
+        for layer in self.layers:
+            if isinstance(layer, VideoLayer):
+                for which, rows in layer.prompt.items():
+                    kind = layer.upper, rows.shape, rows.dtype, rows.device
+                    like.setdefault(kind, []).append((layer, which))
+        for (upper, *_), places in like.items():
+            layer, which = places[0]
+            most = max(1, TABLE // max(1, layer.prompt[which].nbytes))
+            for i in range(0, len(places), most):
+                some = places[i : i + most]
+                table = Table([layer.prompt.pop(which) for layer, which in some], upper)
+                self.tables.append(table)
+                for place, (layer, which) in enumerate(some):
+                    layer.at[which] = table, place
+        self._made(True)
+
+    def _made(self, buffers: bool) -> None:
+        """Remember that buffers were made, and where."""
+        self.generation.grown |= buffers
+        self.generation.inferred |= buffers and torch.is_inference_mode_enabled()
 
     def select(self, chosen: Tensor) -> Tensor:
         """Make ``chosen``, bool (B, V), the active set; returns how many came from the bank, (B,).
@@ -272,13 +336,9 @@ class VideoCache(DynamicCache):
         leaving, entering = pairs
         first, second = slots.gather(1, leaving), slots.gather(1, entering)
         there, back = torch.cat([first, second], dim=1), torch.cat([second, first], dim=1)
-        moves: dict[Any, tuple[Tensor, Tensor]] = {}
-        for layer in self.layers:
-            if isinstance(layer, VideoLayer) and layer.upper:
-                like = layer.buffers[0].shape, layer.device
-                if like not in moves:
-                    moves[like] = layer.places(back), layer.places(there)
-                layer.move(*moves[like])
+        for table in self.tables:
+            if table.upper:
+                table.move(table.places(back), table.places(there))
         slots = slots.scatter(1, leaving, second)
         generation.upper_rows = slots.scatter(1, entering, first)
         index = rows.index.scatter(1, first, rows.index.gather(1, second))

@@ -68,6 +68,8 @@ class DycokeCache(VideoCache):
         generation.length = left
         if count:
             generation.visual = replace(generation.visual, previous=None)
+        for table in self.tables:
+            table.end -= count
         for layer in self.layers:
             # Layers that record what they would forget wait for a crop, be it by nothing.
             if count or getattr(layer, "record_past", False):
@@ -138,10 +140,10 @@ class DycokeCache(VideoCache):
         for name, value in vars(generation).items():
             if name != "record":
                 setattr(generation, name, map_tensors(value, pick))
+        for table in self.tables:
+            table.map_batch(pick)
         for layer in self.layers:
-            if isinstance(layer, VideoLayer):
-                layer.buffers = map_tensors(layer.buffers, lambda x: pick(x).contiguous())
-            else:
+            if not isinstance(layer, VideoLayer):
                 # Rows and states. Stock layers reorder by themselves, but linear ones do not copy.
                 for name, value in vars(layer).items():
                     held = map_tensors(value, lambda x: pick(x) if x.ndim > 2 else x)
@@ -203,7 +205,7 @@ def adopt(
     cache.layer_class_to_replicate = None
     cache.__class__ = DycokeCache
     adopted: Any = cache
-    adopted.generation = generation
+    adopted.generation, adopted.tables = generation, []
     return adopted  # type: ignore[no-any-return]
 
 

@@ -316,6 +316,8 @@ class Engine:
                 self.records.measure(record, output, forward.length)
             else:
                 self._check_taken(forward, cache)
+                if forward.prefill:
+                    cache.settle()
                 if forward.prefill and self.layers.late and forward.scores is not None:
                     self._select(cache, forward.scores)
                 cache.generation.length += forward.length
@@ -330,7 +332,7 @@ class Engine:
     def _check_taken(self, forward: Forward, cache: DycokeCache) -> None:
         """Raise where the decoder went another way than through the cache and the overrides."""
         fault, who = "", type(self.decoder).__name__
-        if forward.prefill and cache.row_count != cache.generation.lower.index.shape[1]:
+        if forward.prefill and cache.layers[cache.generation.counting].keys is None:
             fault = f"{who} did not fill the cache that it was handed"
         elif forward.reached != self._overridden:
             fault = f"{forward.reached} of {self._overridden} attention modules of {who} called"
@@ -407,9 +409,11 @@ class Engine:
     def _upper_mask(self, forward: Forward, cache: DycokeCache, query: Tensor) -> Any:
         """What the attention function wants as a mask over an upper layer's rows."""
         if query.device not in forward.upper_masks:
-            lower, upper = cache.generation.lower, cache.generation.upper
-            # Rows of prompt and answer, the new ones included: the layers below have them already.
-            total = upper.index.shape[1] + cache.row_count - lower.index.shape[1]
+            upper = cache.generation.upper
+            # Rows of prompt and answer, the new ones included.
+            total = upper.index.shape[1]
+            if not forward.prefill:
+                total = cache.generation.rows(upper=True) + forward.length
             keys = upper.key_mask(forward.attention_mask, total, query.device, forward.decodes)
             length = total - upper.start if forward.decodes else total
             new = total if forward.prefill else forward.length
