@@ -33,7 +33,6 @@ from dycoke.core.selection import swap_pairs
 from dycoke.errors import UnsupportedError
 
 ROOM = 64  # rows allocated ahead, so that a token costs no copy of the whole buffer
-TABLE = 2**26  # bytes of a table, at most: while it grows, its rows are held twice
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +132,7 @@ class Generation:
 
 
 class Table:
-    """Keys and values of like layers, as if they were heads of one: (B, places * heads, rows, D).
+    """Keys or values of like layers, as if they were heads of one: (B, places * heads, rows, D).
 
     One copy makes room for all of them, one view of all is split into theirs, and one exchange
     moves the rows of all: in a decode step each of these takes longer to ask for than to do.
@@ -141,11 +140,14 @@ class Table:
 
     def __init__(self, parts: list[Tensor], upper: bool) -> None:
         self.heads, self.upper, self.end = parts[0].shape[1], upper, parts[0].shape[2]
-        self.buffer = self._empty(parts[0], len(parts) * self.heads)
-        for part, rows in zip(parts, self._split(self.buffer.narrow(2, 0, self.end)), strict=True):
-            rows.copy_(part)
         self.new: Sequence[Tensor] = ()  # per place, the rows that this forward writes
         self.seen: Sequence[Tensor] = ()  # and those that it attends to
+        self.buffer = self._empty(parts[0], len(parts) * self.heads)
+        for i, part in enumerate(parts):
+            self.rows(i).copy_(part)
+
+    def _empty(self, like: Tensor, heads: int) -> Tensor:
+        return like.new_empty(like.shape[0], heads, self.end + ROOM, like.shape[3])
 
     def rows(self, place: int) -> Tensor:
         """The filled rows of one place, (B, heads, T, D)."""
@@ -153,38 +155,36 @@ class Table:
 
     def open(self, begin: int, new: int, start: int) -> bool:
         """Be ready for ``new`` rows from ``begin`` on, seen from ``start`` on; whether it grew."""
-        self.end, self.new, self.seen = begin + new, (), ()
+        self.begin, self.start, self.end, self.new, self.seen = begin, start, begin + new, (), ()
         grows = self.end > self.buffer.shape[2]
         if grows:
             grown = self._empty(self.buffer, self.buffer.shape[1])
             grown.narrow(2, 0, begin).copy_(self.buffer.narrow(2, 0, begin))
             self.buffer = grown
-        self.new = self._split(self.buffer.narrow(2, begin, new))
-        self.seen = self._split(self.buffer.narrow(2, start, self.end - start))
+        if not torch.is_grad_enabled():  # else what one call splits cannot be written
+            self.new = self.buffer.narrow(2, begin, new).split(self.heads, 1)
+            self.seen = self.buffer.narrow(2, start, self.end - start).split(self.heads, 1)
         return grows
 
-    def _empty(self, like: Tensor, heads: int) -> Tensor:
-        return like.new_empty(like.shape[0], heads, self.end + ROOM, like.shape[3])
-
-    def _split(self, rows: Tensor) -> Sequence[Tensor]:
-        if not torch.is_grad_enabled():
-            return rows.split(self.heads, 1)
-        # What one call splits cannot be written where gradients are recorded.
-        return [rows.narrow(1, i, self.heads) for i in range(0, rows.shape[1], self.heads)]
+    def put(self, place: int, states: Tensor) -> Tensor:
+        """Write the new rows of one place; returns those to attend to."""
+        if self.new:
+            self.new[place].copy_(states)
+            return self.seen[place]
+        rows = self.rows(place)
+        rows.narrow(2, self.begin, states.shape[2]).copy_(states)
+        return rows.narrow(2, self.start, self.end - self.start)
 
     def map_batch(self, pick: Callable[[Tensor], Tensor]) -> None:
         self.buffer, self.new, self.seen = pick(self.buffer).contiguous(), (), ()
 
-    def places(self, rows: Tensor) -> Tensor:
-        """Rows ``rows[b, i]`` of sample b as rows of one long list over samples and heads."""
-        batch, heads, capacity, _ = self.buffer.shape
-        begins = torch.arange(batch * heads, device=rows.device).view(batch, heads, 1) * capacity
-        return (begins + rows[:, None]).flatten().to(self.buffer.device)
-
-    def move(self, source: Tensor, to: Tensor) -> None:
-        """Copy rows of that list, all at once, to where others of them were."""
+    def exchange(self, there: Tensor, back: Tensor) -> None:
+        """Copy rows ``back[b, i]`` of sample b, all at once, to where ``there[b, i]`` are."""
         # Whole rows are copied, which is several times faster than gather and scatter.
-        rows = self.buffer.view(-1, self.buffer.shape[3])
+        batch, heads, capacity, width = self.buffer.shape
+        first = torch.arange(batch * heads, device=there.device).view(batch, heads, 1) * capacity
+        to, source = ((first + x[:, None]).flatten().to(self.buffer.device) for x in (there, back))
+        rows = self.buffer.view(-1, width)
         rows.index_copy_(0, to, rows.index_select(0, source))
 
 
@@ -217,9 +217,7 @@ class VideoLayer(DynamicLayer):
         if not self.at:
             return self._fill(key_states, value_states)
         (keys, place), (values, other) = self.at[0], self.at[1]
-        keys.new[place].copy_(key_states)
-        values.new[other].copy_(value_states)
-        return keys.seen[place], values.seen[other]
+        return keys.put(place, key_states), values.put(other, value_states)
 
     def _fill(self, *new: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of a prompt, in the order that decoding wants."""
@@ -298,25 +296,6 @@ class VideoCache(DynamicCache):
             begin, start = generation.rows(table.upper), rows.start if new == 1 else 0
             self._made(table.open(begin, new, start))
 
-    def settle(self) -> None:
-        """The prompt is read: put its rows into tables, with room for more."""
-        like: dict[Any, list[tuple[VideoLayer, int]]] = {}
-        for layer in self.layers:
-            if isinstance(layer, VideoLayer):
-                for which, rows in layer.prompt.items():
-                    kind = layer.upper, rows.shape, rows.dtype, rows.device
-                    like.setdefault(kind, []).append((layer, which))
-        for (upper, *_), places in like.items():
-            layer, which = places[0]
-            most = max(1, TABLE // max(1, layer.prompt[which].nbytes))
-            for i in range(0, len(places), most):
-                some = places[i : i + most]
-                table = Table([layer.prompt.pop(which) for layer, which in some], upper)
-                self.tables.append(table)
-                for place, (layer, which) in enumerate(some):
-                    layer.at[which] = table, place
-        self._made(True)
-
     def _made(self, buffers: bool) -> None:
         """Remember that buffers were made, and where."""
         self.generation.grown |= buffers
@@ -338,7 +317,7 @@ class VideoCache(DynamicCache):
         there, back = torch.cat([first, second], dim=1), torch.cat([second, first], dim=1)
         for table in self.tables:
             if table.upper:
-                table.move(table.places(back), table.places(there))
+                table.exchange(there, back)
         slots = slots.scatter(1, leaving, second)
         generation.upper_rows = slots.scatter(1, entering, first)
         index = rows.index.scatter(1, first, rows.index.gather(1, second))

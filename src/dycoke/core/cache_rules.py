@@ -15,9 +15,11 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from dycoke.core.cache import Generation, VideoCache, VideoLayer
+from dycoke.core.cache import Generation, Table, VideoCache, VideoLayer
 from dycoke.core.method import Method
 from dycoke.errors import UnsupportedError
+
+TABLE = 2**26  # bytes of a table, at most: while it grows, its rows are held twice
 
 # Layers that stay as they are. Shared keys and values have a dummy layer, in newer versions.
 STOCK = tuple(
@@ -40,6 +42,25 @@ class DycokeCache(VideoCache):
         self._check_open()
         state: Tensor | None = super().get_conv_state(*args, **kwargs)
         return state
+
+    def settle(self) -> None:
+        """The prompt is read: put its rows into tables, with room for more."""
+        like: dict[Any, list[tuple[VideoLayer, int]]] = {}
+        for layer in self.layers:
+            if isinstance(layer, VideoLayer):
+                for which, rows in layer.prompt.items():
+                    kind = layer.upper, rows.shape, rows.dtype, rows.device
+                    like.setdefault(kind, []).append((layer, which))
+        for (upper, *_), places in like.items():
+            layer, which = places[0]
+            most = max(1, TABLE // max(1, layer.prompt[which].nbytes))
+            for i in range(0, len(places), most):
+                some = places[i : i + most]
+                table = Table([layer.prompt.pop(which) for layer, which in some], upper)
+                self.tables.append(table)
+                for place, (layer, which) in enumerate(some):
+                    layer.at[which] = table, place
+        self._made(True)
 
     @property
     def is_croppable(self) -> bool:
