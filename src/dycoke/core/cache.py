@@ -16,6 +16,7 @@ that are really there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -132,45 +133,41 @@ class Generation:
 
 
 class Table:
-    """Keys or values of like layers, as if they were heads of one: (B, places * heads, rows, D).
+    """Keys or values of like layers, one to a place: (B, places, heads, rows, D).
 
-    One copy makes room for all of them, one view of all is split into theirs, and one exchange
-    moves the rows of all: in a decode step each of these takes longer to ask for than to do.
+    One copy makes room for all of them, one view of all is taken apart into theirs, and one
+    exchange moves the rows of all: each takes longer to ask for than to do.
     """
 
     def __init__(self, parts: list[Tensor], upper: bool) -> None:
-        self.heads, self.upper, self.end = parts[0].shape[1], upper, parts[0].shape[2]
+        batch, heads, self.end, width = parts[0].shape
+        self.upper, self.begin, self.start = upper, 0, 0
         self.new: Sequence[Tensor] = ()  # per place, the rows that this forward writes
         self.seen: Sequence[Tensor] = ()  # and those that it attends to
-        self.buffer = self._empty(parts[0], len(parts) * self.heads)
-        for i, part in enumerate(parts):
-            self.rows(i).copy_(part)
-
-    def _empty(self, like: Tensor, heads: int) -> Tensor:
-        return like.new_empty(like.shape[0], heads, self.end + ROOM, like.shape[3])
+        self.buffer = parts[0].new_empty(batch, len(parts), heads, self.end + ROOM, width)
+        for place, part in enumerate(parts):
+            self.rows(place).copy_(part)
 
     def rows(self, place: int) -> Tensor:
         """The filled rows of one place, (B, heads, T, D)."""
-        return self.buffer.narrow(1, place * self.heads, self.heads).narrow(2, 0, self.end)
+        return self.buffer.select(1, place).narrow(2, 0, self.end)
 
     def open(self, begin: int, new: int, start: int) -> bool:
         """Be ready for ``new`` rows from ``begin`` on, seen from ``start`` on; whether it grew."""
         self.begin, self.start, self.end, self.new, self.seen = begin, start, begin + new, (), ()
-        grows = self.end > self.buffer.shape[2]
+        *sizes, capacity, width = self.buffer.shape
+        grows = self.end > capacity
         if grows:
-            grown = self._empty(self.buffer, self.buffer.shape[1])
-            grown.narrow(2, 0, begin).copy_(self.buffer.narrow(2, 0, begin))
+            grown = self.buffer.new_empty(*sizes, self.end + ROOM, width)
+            grown.narrow(3, 0, begin).copy_(self.buffer.narrow(3, 0, begin))
             self.buffer = grown
-        if not torch.is_grad_enabled():  # else what one call splits cannot be written
-            self.new = self.buffer.narrow(2, begin, new).split(self.heads, 1)
-            self.seen = self.buffer.narrow(2, start, self.end - start).split(self.heads, 1)
+        if not torch.is_grad_enabled():  # else what comes from one call cannot be written
+            self.new = self.buffer.narrow(3, begin, new).unbind(1)
+            self.seen = self.buffer.narrow(3, start, self.end - start).unbind(1)
         return grows
 
     def put(self, place: int, states: Tensor) -> Tensor:
-        """Write the new rows of one place; returns those to attend to."""
-        if self.new:
-            self.new[place].copy_(states)
-            return self.seen[place]
+        """Write the new rows of one place where gradients are recorded; returns those to see."""
         rows = self.rows(place)
         rows.narrow(2, self.begin, states.shape[2]).copy_(states)
         return rows.narrow(2, self.start, self.end - self.start)
@@ -181,8 +178,9 @@ class Table:
     def exchange(self, there: Tensor, back: Tensor) -> None:
         """Copy rows ``back[b, i]`` of sample b, all at once, to where ``there[b, i]`` are."""
         # Whole rows are copied, which is several times faster than gather and scatter.
-        batch, heads, capacity, width = self.buffer.shape
-        first = torch.arange(batch * heads, device=there.device).view(batch, heads, 1) * capacity
+        *sizes, capacity, width = self.buffer.shape
+        batch, device = sizes[0], there.device
+        first = torch.arange(math.prod(sizes), device=device).view(batch, -1, 1) * capacity
         to, source = ((first + x[:, None]).flatten().to(self.buffer.device) for x in (there, back))
         rows = self.buffer.view(-1, width)
         rows.index_copy_(0, to, rows.index_select(0, source))
@@ -195,9 +193,8 @@ class VideoLayer(DynamicLayer):
     """
 
     def __init__(self, generation: Generation, upper: bool) -> None:
-        # Keys (0) and values (1): of a prompt, until it is read; then where they are.
-        self.prompt: dict[int, Tensor] = {}
-        self.at: dict[int, tuple[Table, int]] = {}
+        self.prompt: dict[int, Tensor] = {}  # keys (0) and values (1), until a table has them
+        self.at: tuple[Any, ...] = ()  # the keys' table and place, the values' table and place
         self.generation, self.upper = generation, upper
         super().__init__()
 
@@ -207,8 +204,8 @@ class VideoLayer(DynamicLayer):
 
     def _rows(self, which: int) -> Tensor | None:
         if self.at:
-            table, place = self.at[which]
-            return table.rows(place)
+            rows: Tensor = self.at[2 * which].rows(self.at[2 * which + 1])
+            return rows
         return self.prompt.get(which)
 
     def update(
@@ -216,8 +213,12 @@ class VideoLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         if not self.at:
             return self._fill(key_states, value_states)
-        (keys, place), (values, other) = self.at[0], self.at[1]
-        return keys.put(place, key_states), values.put(other, value_states)
+        keys, place, values, other = self.at
+        if not keys.new:
+            return keys.put(place, key_states), values.put(other, value_states)
+        keys.new[place].copy_(key_states)
+        values.new[other].copy_(value_states)
+        return keys.seen[place], values.seen[other]
 
     def _fill(self, *new: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of a prompt, in the order that decoding wants."""

@@ -46,6 +46,7 @@ class DycokeCache(VideoCache):
     def settle(self) -> None:
         """The prompt is read: put its rows into tables, with room for more."""
         like: dict[Any, list[tuple[VideoLayer, int]]] = {}
+        at: dict[tuple[VideoLayer, int], tuple[Table, int]] = {}
         for layer in self.layers:
             if isinstance(layer, VideoLayer):
                 for which, rows in layer.prompt.items():
@@ -58,8 +59,9 @@ class DycokeCache(VideoCache):
                 some = places[i : i + most]
                 table = Table([layer.prompt.pop(which) for layer, which in some], upper)
                 self.tables.append(table)
-                for place, (layer, which) in enumerate(some):
-                    layer.at[which] = table, place
+                at |= {rows: (table, place) for place, rows in enumerate(some)}
+        for layer, which in at:
+            layer.at = (*at[layer, 0], *at[layer, 1])
         self._made(True)
 
     @property
