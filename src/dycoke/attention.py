@@ -97,7 +97,7 @@ def query_scores(
     # Half precision would make near-equal scores equal; one query is cheap in float32.
     dtype = torch.promote_types(query.dtype, torch.float32)
     scaling = width**-0.5 if scaling is None else scaling
-    grouped = query.to(dtype).view(batch * groups, heads // groups, width) * scaling
+    grouped = query.to(dtype).reshape(batch * groups, heads // groups, width) * scaling
     logits = grouped.bmm(keys.to(dtype).flatten(0, 1).transpose(1, 2)).view(batch, heads, -1)
     if key_mask is not None:
         logits = logits.masked_fill(~key_mask[:, None], -torch.inf)
