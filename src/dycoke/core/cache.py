@@ -16,7 +16,6 @@ that are really there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -175,13 +174,13 @@ class Table:
     def map_batch(self, pick: Callable[[Tensor], Tensor]) -> None:
         self.buffer, self.new, self.seen = pick(self.buffer).contiguous(), (), ()
 
-    def exchange(self, there: Tensor, back: Tensor) -> None:
-        """Copy rows ``back[b, i]`` of sample b, all at once, to where ``there[b, i]`` are."""
+    def exchange(self, samples: Tensor, there: Tensor, back: Tensor) -> None:
+        """Copy rows ``back[i]`` of ``samples[i]``, all at once, to where ``there[i]`` are."""
         # Whole rows are copied, which is several times faster than gather and scatter.
-        *sizes, capacity, width = self.buffer.shape
-        batch, device = sizes[0], there.device
-        first = torch.arange(math.prod(sizes), device=device).view(batch, -1, 1) * capacity
-        to, source = ((first + x[:, None]).flatten().to(self.buffer.device) for x in (there, back))
+        _, places, heads, capacity, width = self.buffer.shape
+        every = torch.arange(places * heads, device=samples.device)[:, None]
+        begins = (samples * len(every) + every) * capacity
+        to, source = ((begins + x).flatten().to(self.buffer.device) for x in (there, back))
         rows = self.buffer.view(-1, width)
         rows.index_copy_(0, to, rows.index_select(0, source))
 
@@ -312,17 +311,17 @@ class VideoCache(DynamicCache):
         pairs = swap_pairs(active, chosen)
         if pairs is None:
             return recalled
-        slots, rows = generation.upper_rows, generation.upper
-        leaving, entering = pairs
-        first, second = slots.gather(1, leaving), slots.gather(1, entering)
-        there, back = torch.cat([first, second], dim=1), torch.cat([second, first], dim=1)
+        slots, rows = generation.upper_rows.clone(), generation.upper
+        samples, leaving, entering = pairs
+        first, second = slots[samples, leaving], slots[samples, entering]
+        both, there, back = samples.repeat(2), torch.cat([first, second]), torch.cat([second, first])
         for table in self.tables:
             if table.upper:
-                table.exchange(there, back)
-        slots = slots.scatter(1, leaving, second)
-        generation.upper_rows = slots.scatter(1, entering, first)
-        index = rows.index.scatter(1, first, rows.index.gather(1, second))
-        index = index.scatter(1, second, rows.index.gather(1, first))
+                table.exchange(both, there, back)
+        slots[both, torch.cat([leaving, entering])] = back
+        index = rows.index.clone()
+        index[both, there] = rows.index[both, back]
+        generation.upper_rows = slots
         generation.upper = replace(rows, index=index)
         generation.visual = replace(generation.visual, active=chosen)
         generation.record.attended = chosen.sum(1)
