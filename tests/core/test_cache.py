@@ -125,9 +125,7 @@ def test_a_forward_that_failed_leaves_no_row() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3 * 20 * 5 * 8 * 3, 2**26])
-def test_layers_share_tables_of_a_bounded_size(
-    size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_share_tables_of_a_bounded_size(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One, three, or all of the layers' keys and values in a table: the same rows."""
     monkeypatch.setattr("dycoke.core.cache_rules.TABLE", size)
     cache, prompt = cache_of(batch=1)

@@ -6,8 +6,7 @@ An upper layer (`LayerPlan.upper`) that attends to a selection keeps, per sample
 
 so that a decode step attends to one contiguous view, from the first active row on. Changing the
 selection exchanges rows in place. The lower layers keep their rows in prompt order; layers with a
-sliding window or linear attention stay what transformers made them. RoPE is in the keys already,
-so the order of rows does not matter to attention.
+sliding window or linear attention stay what transformers made them.
 
 To the outside (`generate` slices follow-up prompts by it) the cache has its *logical* length, the
 tokens of the whole prompt and of the answer. To the masks it has its *physical* length, the rows
@@ -16,7 +15,7 @@ that are really there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,9 +170,6 @@ class Table:
         rows.narrow(2, self.begin, states.shape[2]).copy_(states)
         return rows.narrow(2, self.start, self.end - self.start)
 
-    def map_batch(self, pick: Callable[[Tensor], Tensor]) -> None:
-        self.buffer, self.new, self.seen = pick(self.buffer).contiguous(), (), ()
-
     def exchange(self, samples: Tensor, there: Tensor, back: Tensor) -> None:
         """Copy rows ``back[i]`` of ``samples[i]``, all at once, to where ``there[i]`` are."""
         # Whole rows are copied, which is several times faster than gather and scatter.
@@ -201,10 +197,9 @@ class VideoLayer(DynamicLayer):
     keys = property(lambda self: self._rows(0), lambda self, _: None)
     values = property(lambda self: self._rows(1), lambda self, _: None)
 
-    def _rows(self, which: int) -> Tensor | None:
+    def _rows(self, which: int) -> Any:
         if self.at:
-            rows: Tensor = self.at[2 * which].rows(self.at[2 * which + 1])
-            return rows
+            return self.at[2 * which].rows(self.at[2 * which + 1])
         return self.prompt.get(which)
 
     def update(
@@ -224,25 +219,13 @@ class VideoLayer(DynamicLayer):
         order = (self.generation.upper if self.upper else self.generation.lower).order
         index = None if order is None else order.to(new[0].device)[:, None, :, None]
         self.dtype, self.device, self.is_initialized = new[0].dtype, new[0].device, True
-        for which, states in enumerate(new):
-            # Copied, since a view may keep more alive than its rows.
-            rows = states.clone() if index is None else states.gather(2, index.expand_as(states))
-            self.prompt[which] = rows
+        for i, states in enumerate(new):  # copied, since a view may keep more alive than its rows
+            kept = states.clone() if index is None else states.gather(2, index.expand_as(states))
+            self.prompt[i] = kept
         return new[0], new[1]
 
     def get_seq_length(self) -> int:
         return self.generation.rows(self.upper)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        pass  # the cache crops its tables
-
-    def reset(self) -> None:
-        raise UnsupportedError("a DyCoke cache cannot be reset; pass a new DynamicCache()")
-
-    def offload(self) -> None:
-        raise UnsupportedError("a DyCoke cache cannot be offloaded; pass no cache_implementation")
-
-    prefetch = offload
 
 
 class VideoCache(DynamicCache):
@@ -294,12 +277,9 @@ class VideoCache(DynamicCache):
         for table in self.tables:
             rows = generation.upper if table.upper else generation.lower
             begin, start = generation.rows(table.upper), rows.start if new == 1 else 0
-            self._made(table.open(begin, new, start))
-
-    def _made(self, buffers: bool) -> None:
-        """Remember that buffers were made, and where."""
-        self.generation.grown |= buffers
-        self.generation.inferred |= buffers and torch.is_inference_mode_enabled()
+            if table.open(begin, new, start):
+                generation.grown = True
+                generation.inferred |= torch.is_inference_mode_enabled()
 
     def select(self, chosen: Tensor) -> Tensor:
         """Make ``chosen``, bool (B, V), the active set; returns how many came from the bank, (B,).
@@ -314,7 +294,11 @@ class VideoCache(DynamicCache):
         slots, rows = generation.upper_rows.clone(), generation.upper
         samples, leaving, entering = pairs
         first, second = slots[samples, leaving], slots[samples, entering]
-        both, there, back = samples.repeat(2), torch.cat([first, second]), torch.cat([second, first])
+        both, there, back = (
+            samples.repeat(2),
+            torch.cat([first, second]),
+            torch.cat([second, first]),
+        )
         for table in self.tables:
             if table.upper:
                 table.exchange(both, there, back)
@@ -330,10 +314,3 @@ class VideoCache(DynamicCache):
     def note(self, scores: Tensor) -> None:
         """Remember this step's attention to the visual tokens, (B, V), for the next one."""
         self.generation.visual = replace(self.generation.visual, previous=scores)
-
-    def drop(self, rows: RowMap, active: Tensor) -> None:
-        """At prefill: the upper layers hold ``rows``, and of the visual tokens ``active``."""
-        generation, counts = self.generation, active.sum(1)
-        generation.upper = rows
-        generation.visual = replace(generation.visual, active=active, counts=counts)
-        generation.record.attended = counts

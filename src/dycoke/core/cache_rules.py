@@ -15,7 +15,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from dycoke.core.cache import Generation, Table, VideoCache, VideoLayer
+from dycoke.core.cache import Generation, RowMap, Table, VideoCache, VideoLayer
 from dycoke.core.method import Method
 from dycoke.errors import UnsupportedError
 
@@ -27,6 +27,21 @@ STOCK = tuple(
     for name in ("DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer")
     if hasattr(cache_utils, name)
 )
+
+
+class DycokeLayer(VideoLayer):
+    """A layer of such a cache, and what it must not be asked."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        pass  # the cache crops its tables
+
+    def reset(self) -> None:
+        raise UnsupportedError("a DyCoke cache cannot be reset; pass a new DynamicCache()")
+
+    def offload(self) -> None:
+        raise UnsupportedError("a DyCoke cache cannot be offloaded; pass no cache_implementation")
+
+    prefetch = offload
 
 
 class DycokeCache(VideoCache):
@@ -60,9 +75,16 @@ class DycokeCache(VideoCache):
                 table = Table([layer.prompt.pop(which) for layer, which in some], upper)
                 self.tables.append(table)
                 at |= {rows: (table, place) for place, rows in enumerate(some)}
-        for layer, which in at:
+        for layer, _ in at:
             layer.at = (*at[layer, 0], *at[layer, 1])
-        self._made(True)
+        self.generation.inferred |= torch.is_inference_mode_enabled()
+
+    def drop(self, rows: RowMap, active: Tensor) -> None:
+        """At prefill: the upper layers hold ``rows``, and of the visual tokens ``active``."""
+        generation, counts = self.generation, active.sum(1)
+        generation.upper = rows
+        generation.visual = replace(generation.visual, active=active, counts=counts)
+        generation.record.attended = counts
 
     @property
     def is_croppable(self) -> bool:
@@ -164,7 +186,7 @@ class DycokeCache(VideoCache):
             if name != "record":
                 setattr(generation, name, map_tensors(value, pick))
         for table in self.tables:
-            table.map_batch(pick)
+            table.buffer, table.new, table.seen = pick(table.buffer).contiguous(), (), ()
         for layer in self.layers:
             if not isinstance(layer, VideoLayer):
                 # Rows and states. Stock layers reorder by themselves, but linear ones do not copy.
@@ -219,7 +241,7 @@ def adopt(
     yet; it gets ``layers`` of them.
     """
     cache.layers = [
-        VideoLayer(generation, i in upper) if type(layer) is DynamicLayer else layer
+        DycokeLayer(generation, i in upper) if type(layer) is DynamicLayer else layer
         for i, layer in enumerate(cache.layers or [DynamicLayer() for _ in range(layers)])
     ]
     generation.stock_layers = not all(isinstance(layer, VideoLayer) for layer in cache.layers)

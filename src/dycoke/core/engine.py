@@ -315,7 +315,10 @@ class Engine:
             if cache is None:
                 self.records.measure(record, output, forward.length)
             else:
-                self._check_taken(forward, cache)
+                fault = guards.not_taken(self.decoder, forward, self._overridden)
+                if fault is not None:
+                    self._release()
+                    raise fault
                 if forward.prefill:
                     cache.settle()
                 if forward.prefill and self.layers.late and forward.scores is not None:
@@ -328,18 +331,6 @@ class Engine:
         self._release()
         if self.watched and forward is not None and output is not None:
             forward.tell(self.on_step)
-
-    def _check_taken(self, forward: Forward, cache: DycokeCache) -> None:
-        """Raise where the decoder went another way than through the cache and the overrides."""
-        fault, who = "", type(self.decoder).__name__
-        if forward.prefill and cache.layers[cache.generation.counting].keys is None:
-            fault = f"{who} did not fill the cache that it was handed"
-        elif forward.reached != self._overridden:
-            fault = f"{forward.reached} of {self._overridden} attention modules of {who} called"
-            fault += " the attention function of their config"
-        if fault:
-            self._release()
-            raise compat.unknown(fault)
 
     def _score(self, inner: Any, module: nn.Module, args: list[Any], kwargs: Any) -> Any:
         """The layer below the upper ones: its attention says which tokens they attend to."""
