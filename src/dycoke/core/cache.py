@@ -282,10 +282,7 @@ class VideoCache(DynamicCache):
                 generation.inferred |= torch.is_inference_mode_enabled()
 
     def select(self, chosen: Tensor) -> Tensor:
-        """Make ``chosen``, bool (B, V), the active set; returns how many came from the bank, (B,).
-
-        Exchanges rows in every upper layer.
-        """
+        """Make ``chosen``, bool (B, V), the active set; how many come back from the bank, (B,)."""
         generation, active = self.generation, self.generation.visual.active
         recalled = (chosen & ~active).sum(1)
         pairs = swap_pairs(active, chosen)

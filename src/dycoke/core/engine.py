@@ -414,7 +414,5 @@ class Engine:
             total = new = upper.index.shape[1]
         keys = upper.key_mask(forward.attention_mask, total, query.device, forward.decodes)
         length = total - upper.start if forward.decodes else total
-        if keys is None and new == 1:
-            return None
-        config = self.decoder.config
-        return compat.native_mask(self.implementation, config, query, new, length, keys)
+        how, config = self.implementation, self.decoder.config
+        return compat.native_mask(how, config, query, new, length, keys)
