@@ -229,10 +229,7 @@ class VideoLayer(DynamicLayer):
 
 
 class VideoCache(DynamicCache):
-    """Rows of one generation that are added, viewed and exchanged.
-
-    What else a cache is asked, to forget, to follow beams, is in `cache_rules`.
-    """
+    """Rows of one generation: added, viewed, exchanged. What else is asked is in `cache_rules`."""
 
     generation: Generation
     tables: list[Table]

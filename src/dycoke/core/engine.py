@@ -315,8 +315,10 @@ class Engine:
             if cache is None:
                 self.records.measure(record, output, forward.length)
             else:
-                fault = guards.not_taken(self.decoder, forward, self._overridden)
-                if fault is not None:
+                seen = not forward.prefill and forward.reached == self._overridden
+                if not seen and (
+                    fault := guards.not_taken(self.decoder, forward, self._overridden)
+                ):
                     self._release()
                     raise fault
                 if forward.prefill:
@@ -414,5 +416,7 @@ class Engine:
             total = new = upper.index.shape[1]
         keys = upper.key_mask(forward.attention_mask, total, query.device, forward.decodes)
         length = total - upper.start if forward.decodes else total
+        if keys is None and new == 1:
+            return None
         how, config = self.implementation, self.decoder.config
         return compat.native_mask(how, config, query, new, length, keys)
