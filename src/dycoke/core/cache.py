@@ -15,7 +15,6 @@ that are really there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,8 +139,8 @@ class Table:
     def __init__(self, parts: list[Tensor], upper: bool) -> None:
         batch, heads, self.end, width = parts[0].shape
         self.upper, self.begin, self.start = upper, 0, 0
-        self.new: Sequence[Tensor] = ()  # per place, the rows that this forward writes
-        self.seen: Sequence[Tensor] = ()  # and those that it attends to
+        self.new: tuple[Tensor, ...] = ()  # per place, the rows that this forward writes
+        self.seen: tuple[Tensor, ...] = ()  # and those that it attends to
         self.buffer = parts[0].new_empty(batch, len(parts), heads, self.end + ROOM, width)
         for place, part in enumerate(parts):
             self.rows(place).copy_(part)
@@ -282,8 +281,7 @@ class VideoCache(DynamicCache):
         """Make ``chosen``, bool (B, V), the active set; how many come back from the bank, (B,)."""
         generation, active = self.generation, self.generation.visual.active
         recalled = (chosen & ~active).sum(1)
-        pairs = swap_pairs(active, chosen)
-        if pairs is None:
+        if (pairs := swap_pairs(active, chosen)) is None:
             return recalled
         slots, rows = generation.upper_rows.clone(), generation.upper
         samples, leaving, entering = pairs

@@ -315,10 +315,9 @@ class Engine:
             if cache is None:
                 self.records.measure(record, output, forward.length)
             else:
-                seen = not forward.prefill and forward.reached == self._overridden
-                if not seen and (
-                    fault := guards.not_taken(self.decoder, forward, self._overridden)
-                ):
+                clear = not forward.prefill and forward.reached == self._overridden
+                fault = None if clear else guards.not_taken(self.decoder, forward, self._overridden)
+                if fault is not None:
                     self._release()
                     raise fault
                 if forward.prefill:
