@@ -42,6 +42,9 @@ class Override:
         # Some modules look for "flash" in the name before they pack what they hand over.
         self.flash = "flash" in str(self.config._attn_implementation)
         key = f"{KEY}_flash" if self.flash or packed else KEY
+        # FlashAttention reads module.config._attn_implementation to choose its kernel.
+        blind = self.config._attn_implementation in ("sdpa", "eager")
+        self.call = self.inner if blind else self._as_itself
         if key not in ALL_ATTENTION_FUNCTIONS:
             eagerly: Any = torch.compiler.disable  # a compiled model calls it as it is
             AttentionInterface.register(key, eagerly(_dispatch))
@@ -52,11 +55,9 @@ class Override:
         patches.replace(module, "config", config)
         patches.replace(module, OVERRIDE, self)
 
-    def call(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+    def _as_itself(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """The module's own attention function, seeing the module's own config."""
-        # FlashAttention reads module.config._attn_implementation to choose its kernel. Past
-        # nn.Module's own way of setting attributes, which takes longer than all else here.
-        attributes = vars(module)
+        attributes = vars(module)  # past nn.Module's own way of setting them, which takes longer
         ours, attributes["config"] = attributes["config"], self.config
         try:
             return self.inner(module, *args, **kwargs)
@@ -96,8 +97,8 @@ def query_scores(
     # Half precision would make near-equal scores equal; one query is cheap in float32.
     dtype = torch.promote_types(query.dtype, torch.float32)
     scaling = width**-0.5 if scaling is None else scaling
-    grouped = query.to(dtype).view(batch, groups, heads // groups, width) * scaling
-    logits = grouped @ keys.to(dtype).transpose(2, 3)
+    grouped = query.to(dtype).reshape(batch * groups, heads // groups, width) * scaling
+    logits = grouped.bmm(keys.to(dtype).flatten(0, 1).transpose(1, 2)).view(batch, heads, -1)
     if key_mask is not None:
-        logits = logits.masked_fill(~key_mask[:, None, None], -torch.inf)
-    return logits.softmax(-1).mean((1, 2))
+        logits = logits.masked_fill(~key_mask[:, None], -torch.inf)
+    return logits.softmax(-1).mean(1)

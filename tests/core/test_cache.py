@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import tiny
@@ -11,7 +12,7 @@ from support import close, compressed, exact, families, generate, inputs_of, mod
 from transformers import DynamicCache
 
 from dycoke import DyCoke, UnsupportedError
-from dycoke.core.cache import Generation
+from dycoke.core.cache import ROOM, Generation
 from dycoke.core.cache_rules import adopt
 from dycoke.core.positions import offset_after
 from dycoke.core.prefill import arrange
@@ -50,7 +51,16 @@ def cache_of(batch: int = 2, tokens: int = 20, prune: float = 0.6, seed: int = 0
     prompt = [torch.randn(2, batch, 3, tokens, 5, generator=g) for _ in range(4)]
     for i, (k, v) in enumerate(prompt):
         cache.update(k, v, i)
+    cache.settle()
     return cache, prompt
+
+
+def append(cache: Any, new: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A forward that adds these rows (B, heads, T, D) to every layer; what each attends to."""
+    cache.begin(new.shape[2], decode=True)
+    views = [cache.update(new, -new, i) for i in range(4)]
+    cache.generation.length += new.shape[2]
+    return views
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
@@ -91,21 +101,47 @@ def test_rows_survive_any_number_of_exchanges_bit_for_bit(batch: int, seed: int)
 def test_a_decode_step_takes_one_contiguous_view() -> None:
     cache, _ = cache_of(batch=1)
     new = torch.randn(1, 3, 1, 5)
-    for i in range(4):
-        keys, values = cache.update(new, new, i)
-        layer = cache.layers[i]
-        start = layer.start
+    for i, (keys, values) in enumerate(append(cache, new)):
+        start = cache.generation.upper.start if i >= 2 else 0
         assert (start > 0) == (i >= 2)
-        assert keys.data_ptr() == layer.buffers[0][:, :, start:].data_ptr()
+        assert keys.data_ptr() == cache.layers[i].keys[:, :, start:].data_ptr()
         assert keys.shape[2] == 21 - start
-        assert torch.equal(values[:, :, -1], new[:, :, 0])
-        # Several tokens see everything.
-        assert cache.update(torch.randn(1, 3, 2, 5), torch.randn(1, 3, 2, 5), i)[0].shape[2] == 23
+        assert torch.equal(keys[:, :, -1], new[:, :, 0])
+        assert torch.equal(values[:, :, -1], -new[:, :, 0])
+    # Several tokens see everything.
+    assert [keys.shape[2] for keys, _ in append(cache, torch.randn(1, 3, 2, 5))] == [23] * 4
+
+
+def test_a_forward_that_failed_leaves_no_row() -> None:
+    """An exception came between two layers; the next forward writes where that one did."""
+    cache, prompt = cache_of(batch=1)
+    first, second = torch.randn(2, 1, 3, 1, 5)
+    cache.begin(1, decode=True)
+    cache.update(first, first, 0)
+    append(cache, second)
+    for layer, (keys, _) in zip(cache.layers, prompt, strict=True):
+        assert layer.keys.shape[2] == cache.row_count == keys.shape[2] + 1
+        assert torch.equal(layer.keys[:, :, -1:], second)
+
+
+@pytest.mark.parametrize("size", [1, 3 * 20 * 5 * 8 * 3, 2**26])
+def test_layers_share_tables_of_a_bounded_size(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One, three, or all of the layers' keys and values in a table: the same rows."""
+    monkeypatch.setattr("dycoke.core.cache_rules.TABLE", size)
+    cache, prompt = cache_of(batch=1)
+    assert len(cache.tables) == {1: 8, 2**26: 2}.get(size, 4)
+    new = torch.randn(1, 3, ROOM + 5, 5)
+    append(cache, new)
+    for i, (keys, values) in enumerate(prompt):
+        rows = cache.generation.upper if i >= 2 else cache.generation.lower
+        expected = keys[:, :, rows.index[0]], values[:, :, rows.index[0]]
+        assert torch.equal(cache.layers[i].keys, torch.cat([expected[0], new], 2))
+        assert torch.equal(cache.layers[i].values, torch.cat([expected[1], -new], 2))
 
 
 def test_logical_and_physical_length() -> None:
     cache, _ = cache_of(batch=1)
-    cache.generation.length = 1000
+    cache.generation.length = cache.generation.prompt_length = 1000
     assert cache.get_seq_length() == 1000
     assert cache.get_query_offset(0) == 20
     assert cache.get_mask_sizes(3, 0) == (23, 0)
@@ -113,10 +149,8 @@ def test_logical_and_physical_length() -> None:
 
 def test_crop_forgets_text_only() -> None:
     cache, _ = cache_of(batch=2)
-    new = torch.randn(2, 3, 2, 5)
-    for i in range(4):
-        cache.update(new, new, i)
-    cache.generation.length += 2
+    for _ in range(2):
+        append(cache, torch.randn(2, 3, 1, 5))
     cache.crop(0)
     cache.crop(torch.tensor(-2))  # transformers 5.17 hands a tensor
     assert cache.get_seq_length() == 20

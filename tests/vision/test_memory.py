@@ -37,17 +37,15 @@ def test_rows_after_prefill_and_bytes(
     longest = max(
         n - s.visual_tokens + s.kept_tokens for n, s in zip(real, report.samples, strict=True)
     )
-    storages = {}
+    storages, rows = {}, 0
     full = [cache.layers[i] for i in tiny.FAMILIES[family].full]
     for layer in full:
         for tensor in (layer.keys, layer.values):
-            heads, width = tensor.shape[1], tensor.shape[3]
-            rows = tensor.untyped_storage().nbytes() / (heads * width * tensor.element_size())
-            assert batch * longest <= rows <= batch * (longest + 64)
-            assert tensor.shape[2] == longest
+            assert tensor.shape[:3:2] == (batch, longest)
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    # Two buffers per layer, nothing shared and nothing beside them.
-    assert len(storages) == 2 * len(full)
+            rows += tensor.nbytes
+    # The rows, with room for 64 more of each, and nothing beside them.
+    assert sum(storages.values()) == rows // longest * (longest + 64)
     # Other layers are those of transformers: states of a fixed size, or a window.
     others = [layer for layer in cache.layers if layer not in full]
     held = {
@@ -119,8 +117,9 @@ def test_growth_keeps_the_answer(tokens: int) -> None:
     total = inputs["input_ids"].shape[1] + tokens
     assert torch.equal(output.sequences, longest.sequences[:, :total])
     assert run.report is not None and run.report.decode_steps == tokens - 1
-    layer = output.past_key_values.layers[0]
-    assert layer.keys.untyped_storage().nbytes() <= (layer.length + ROOM) * 2 * 8 * 4
+    rows = sum(x.nbytes for y in output.past_key_values.layers for x in (y.keys, y.values))
+    length = output.past_key_values.row_count
+    assert rows <= run.report.kv_bytes <= rows // length * (length + ROOM)
 
 
 @families

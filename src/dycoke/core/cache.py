@@ -6,8 +6,7 @@ An upper layer (`LayerPlan.upper`) that attends to a selection keeps, per sample
 
 so that a decode step attends to one contiguous view, from the first active row on. Changing the
 selection exchanges rows in place. The lower layers keep their rows in prompt order; layers with a
-sliding window or linear attention stay what transformers made them. RoPE is in the keys already,
-so the order of rows does not matter to attention.
+sliding window or linear attention stay what transformers made them.
 
 To the outside (`generate` slices follow-up prompts by it) the cache has its *logical* length, the
 tokens of the whole prompt and of the answer. To the masks it has its *physical* length, the rows
@@ -124,16 +123,72 @@ class Generation:
     counting: int = 0
     stock_layers: bool = False
 
+    def rows(self, upper: bool) -> int:
+        """The rows that an upper or a lower layer has before this forward."""
+        rows = self.upper if upper else self.lower
+        return rows.index.shape[1] + self.length - self.prompt_length if self.length else 0
+
+
+class Table:
+    """Keys or values of like layers, one to a place: (B, places, heads, rows, D).
+
+    One copy makes room for all of them, one view of all is taken apart into theirs, and one
+    exchange moves the rows of all: each takes longer to ask for than to do.
+    """
+
+    def __init__(self, parts: list[Tensor], upper: bool) -> None:
+        batch, heads, self.end, width = parts[0].shape
+        self.upper, self.begin, self.start = upper, 0, 0
+        self.new: tuple[Tensor, ...] = ()  # per place, the rows that this forward writes
+        self.seen: tuple[Tensor, ...] = ()  # and those that it attends to
+        self.buffer = parts[0].new_empty(batch, len(parts), heads, self.end + ROOM, width)
+        for place, part in enumerate(parts):
+            self.rows(place).copy_(part)
+
+    def rows(self, place: int) -> Tensor:
+        """The filled rows of one place, (B, heads, T, D)."""
+        return self.buffer.select(1, place).narrow(2, 0, self.end)
+
+    def open(self, begin: int, new: int, start: int) -> bool:
+        """Be ready for ``new`` rows from ``begin`` on, seen from ``start`` on; whether it grew."""
+        self.begin, self.start, self.end, self.new, self.seen = begin, start, begin + new, (), ()
+        *sizes, capacity, width = self.buffer.shape
+        grows = self.end > capacity
+        if grows:
+            grown = self.buffer.new_empty(*sizes, self.end + ROOM, width)
+            grown.narrow(3, 0, begin).copy_(self.buffer.narrow(3, 0, begin))
+            self.buffer = grown
+        if not torch.is_grad_enabled():  # else what comes from one call cannot be written
+            self.new = self.buffer.narrow(3, begin, new).unbind(1)
+            self.seen = self.buffer.narrow(3, start, self.end - start).unbind(1)
+        return grows
+
+    def put(self, place: int, states: Tensor) -> Tensor:
+        """Write the new rows of one place where gradients are recorded; returns those to see."""
+        rows = self.rows(place)
+        rows.narrow(2, self.begin, states.shape[2]).copy_(states)
+        return rows.narrow(2, self.start, self.end - self.start)
+
+    def exchange(self, samples: Tensor, there: Tensor, back: Tensor) -> None:
+        """Copy rows ``back[i]`` of ``samples[i]``, all at once, to where ``there[i]`` are."""
+        # Whole rows are copied, which is several times faster than gather and scatter.
+        _, places, heads, capacity, width = self.buffer.shape
+        every = torch.arange(places * heads, device=samples.device)[:, None]
+        begins = (samples * len(every) + every) * capacity
+        to, source = ((begins + x).flatten().to(self.buffer.device) for x in (there, back))
+        rows = self.buffer.view(-1, width)
+        rows.index_copy_(0, to, rows.index_select(0, source))
+
 
 class VideoLayer(DynamicLayer):
-    """One decoder layer's keys and values, in a buffer with room to grow.
+    """One decoder layer's keys and values: places in tables, once its prompt is read.
 
-    ``keys`` and ``values`` are views of the filled part, (B, heads, T, D).
+    ``keys`` and ``values`` are views of the filled rows, (B, heads, T, D).
     """
 
     def __init__(self, generation: Generation, upper: bool) -> None:
-        self.buffers: list[Tensor] = []  # keys, values: (B, heads, capacity, D)
-        self.length = self.start = 0  # rows; the first one that a decode step attends to
+        self.prompt: dict[int, Tensor] = {}  # keys (0) and values (1), until a table has them
+        self.at: tuple[Any, ...] = ()  # the keys' table and place, the values' table and place
         self.generation, self.upper = generation, upper
         super().__init__()
 
@@ -141,84 +196,42 @@ class VideoLayer(DynamicLayer):
     keys = property(lambda self: self._rows(0), lambda self, _: None)
     values = property(lambda self: self._rows(1), lambda self, _: None)
 
-    def _rows(self, which: int) -> Tensor | None:
-        return self.buffers[which].narrow(2, 0, self.length) if self.buffers else None
+    def _rows(self, which: int) -> Any:
+        if self.at:
+            return self.at[2 * which].rows(self.at[2 * which + 1])
+        return self.prompt.get(which)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if not self.buffers:
+        if not self.at:
             return self._fill(key_states, value_states)
-        count, begin = key_states.shape[2], self.length
-        end = self.length = begin + count
-        if end > self.buffers[0].shape[2]:
-            self._grow((key_states, value_states), begin, end + ROOM)
-        keys, values = self.buffers
-        keys.narrow(2, begin, count).copy_(key_states)
-        values.narrow(2, begin, count).copy_(value_states)
-        start = self.start if count == 1 else 0
-        return keys.narrow(2, start, end - start), values.narrow(2, start, end - start)
+        keys, place, values, other = self.at
+        if not keys.new:
+            return keys.put(place, key_states), values.put(other, value_states)
+        keys.new[place].copy_(key_states)
+        values.new[other].copy_(value_states)
+        return keys.seen[place], values.seen[other]
 
     def _fill(self, *new: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of a prompt, in the order that decoding wants."""
-        rows = self.generation.upper if self.upper else self.generation.lower
+        order = (self.generation.upper if self.upper else self.generation.lower).order
+        index = None if order is None else order.to(new[0].device)[:, None, :, None]
         self.dtype, self.device, self.is_initialized = new[0].dtype, new[0].device, True
-        self.length, self.start = new[0].shape[2], rows.start
-        self._grow(new, 0, self.length + ROOM)
-        for buffer, states in zip(self.buffers, new, strict=True):
-            if rows.order is not None:
-                order = rows.order.to(states.device)[:, None, :, None]
-                states = states.gather(2, order.expand_as(states))
-            buffer.narrow(2, 0, self.length).copy_(states)
+        for i, states in enumerate(new):  # copied, since a view may keep more alive than its rows
+            kept = states.clone() if index is None else states.gather(2, index.expand_as(states))
+            self.prompt[i] = kept
         return new[0], new[1]
 
-    def _grow(self, like: tuple[Tensor, ...], filled: int, capacity: int) -> None:
-        grown = []
-        for i, states in enumerate(like):
-            batch, heads, _, width = states.shape
-            grown.append(states.new_empty(batch, heads, capacity, width))
-            if filled:
-                grown[i].narrow(2, 0, filled).copy_(self.buffers[i].narrow(2, 0, filled))
-        self.buffers, self.generation.grown = grown, True
-        self.generation.inferred |= torch.is_inference_mode_enabled()
-
-    def places(self, rows: Tensor) -> Tensor:
-        """Rows ``rows[b, i]`` of sample b as rows of one long table over samples and heads."""
-        batch, heads, capacity, _ = self.buffers[0].shape
-        table = torch.arange(batch * heads, device=self.device).view(batch, heads, 1) * capacity
-        return (table + rows.to(self.device)[:, None]).flatten()
-
-    def move(self, source: Tensor, to: Tensor) -> None:
-        """Copy rows of that table, all at once, to where others of them were."""
-        # Whole rows are copied, which is several times faster than gather and scatter.
-        for buffer in self.buffers:
-            rows = buffer.view(-1, buffer.shape[3])
-            rows.index_copy_(0, to, rows.index_select(0, source))
-
     def get_seq_length(self) -> int:
-        return self.length
-
-    def crop(self, tokens_to_remove: int) -> None:
-        # The new end is below every row that `move` may touch: the cache has checked that.
-        if self.buffers:
-            self.length -= abs(int(tokens_to_remove))
-
-    def reset(self) -> None:
-        raise UnsupportedError("a DyCoke cache cannot be reset; pass a new DynamicCache()")
-
-    def offload(self) -> None:
-        raise UnsupportedError("a DyCoke cache cannot be offloaded; pass no cache_implementation")
-
-    prefetch = offload
+        return self.generation.rows(self.upper)
 
 
 class VideoCache(DynamicCache):
-    """Rows of one generation that are added, viewed and exchanged.
-
-    What else a cache is asked, to forget, to follow beams, is in `cache_rules`.
-    """
+    """Rows of one generation: added, viewed, exchanged. What else is asked is in `cache_rules`."""
 
     generation: Generation
+    tables: list[Table]
 
     def _check_open(self) -> None:
         if not self.generation.open:
@@ -238,7 +251,7 @@ class VideoCache(DynamicCache):
     @property
     def row_count(self) -> int:
         """The rows that are really there: text, generated and kept visual tokens."""
-        return int(self.layers[self.generation.counting].get_seq_length())
+        return self.generation.rows(upper=False)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.generation.length
@@ -257,32 +270,34 @@ class VideoCache(DynamicCache):
         if not decode and offset.answered:
             offset.now = offset.turn
         offset.answered |= decode
+        for table in self.tables:
+            rows = generation.upper if table.upper else generation.lower
+            begin, start = generation.rows(table.upper), rows.start if new == 1 else 0
+            if table.open(begin, new, start):
+                generation.grown = True
+                generation.inferred |= torch.is_inference_mode_enabled()
 
     def select(self, chosen: Tensor) -> Tensor:
-        """Make ``chosen``, bool (B, V), the active set; returns how many came from the bank, (B,).
-
-        Exchanges rows in every upper layer.
-        """
+        """Make ``chosen``, bool (B, V), the active set; how many come back from the bank, (B,)."""
         generation, active = self.generation, self.generation.visual.active
         recalled = (chosen & ~active).sum(1)
-        pairs = swap_pairs(active, chosen)
-        if pairs is None:
+        if (pairs := swap_pairs(active, chosen)) is None:
             return recalled
-        slots, rows = generation.upper_rows, generation.upper
-        leaving, entering = pairs
-        first, second = slots.gather(1, leaving), slots.gather(1, entering)
-        there, back = torch.cat([first, second], dim=1), torch.cat([second, first], dim=1)
-        moves: dict[Any, tuple[Tensor, Tensor]] = {}
-        for layer in self.layers:
-            if isinstance(layer, VideoLayer) and layer.upper:
-                like = layer.buffers[0].shape, layer.device
-                if like not in moves:
-                    moves[like] = layer.places(back), layer.places(there)
-                layer.move(*moves[like])
-        slots = slots.scatter(1, leaving, second)
-        generation.upper_rows = slots.scatter(1, entering, first)
-        index = rows.index.scatter(1, first, rows.index.gather(1, second))
-        index = index.scatter(1, second, rows.index.gather(1, first))
+        slots, rows = generation.upper_rows.clone(), generation.upper
+        samples, leaving, entering = pairs
+        first, second = slots[samples, leaving], slots[samples, entering]
+        both, there, back = (
+            samples.repeat(2),
+            torch.cat([first, second]),
+            torch.cat([second, first]),
+        )
+        for table in self.tables:
+            if table.upper:
+                table.exchange(both, there, back)
+        slots[both, torch.cat([leaving, entering])] = back
+        index = rows.index.clone()
+        index[both, there] = rows.index[both, back]
+        generation.upper_rows = slots
         generation.upper = replace(rows, index=index)
         generation.visual = replace(generation.visual, active=chosen)
         generation.record.attended = chosen.sum(1)
@@ -291,10 +306,3 @@ class VideoCache(DynamicCache):
     def note(self, scores: Tensor) -> None:
         """Remember this step's attention to the visual tokens, (B, V), for the next one."""
         self.generation.visual = replace(self.generation.visual, previous=scores)
-
-    def drop(self, rows: RowMap, active: Tensor) -> None:
-        """At prefill: the upper layers hold ``rows``, and of the visual tokens ``active``."""
-        generation, counts = self.generation, active.sum(1)
-        generation.upper = rows
-        generation.visual = replace(generation.visual, active=active, counts=counts)
-        generation.record.attended = counts

@@ -15,9 +15,11 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from dycoke.core.cache import Generation, VideoCache, VideoLayer
+from dycoke.core.cache import Generation, RowMap, Table, VideoCache, VideoLayer
 from dycoke.core.method import Method
 from dycoke.errors import UnsupportedError
+
+TABLE = 2**26  # bytes of a table, at most: while it grows, its rows are held twice
 
 # Layers that stay as they are. Shared keys and values have a dummy layer, in newer versions.
 STOCK = tuple(
@@ -25,6 +27,21 @@ STOCK = tuple(
     for name in ("DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer")
     if hasattr(cache_utils, name)
 )
+
+
+class DycokeLayer(VideoLayer):
+    """A layer of such a cache, and what it must not be asked."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        pass  # the cache crops its tables
+
+    def reset(self) -> None:
+        raise UnsupportedError("a DyCoke cache cannot be reset; pass a new DynamicCache()")
+
+    def offload(self) -> None:
+        raise UnsupportedError("a DyCoke cache cannot be offloaded; pass no cache_implementation")
+
+    prefetch = offload
 
 
 class DycokeCache(VideoCache):
@@ -40,6 +57,34 @@ class DycokeCache(VideoCache):
         self._check_open()
         state: Tensor | None = super().get_conv_state(*args, **kwargs)
         return state
+
+    def settle(self) -> None:
+        """The prompt is read: put its rows into tables, with room for more."""
+        like: dict[Any, list[tuple[VideoLayer, int]]] = {}
+        at: dict[tuple[VideoLayer, int], tuple[Table, int]] = {}
+        for layer in self.layers:
+            if isinstance(layer, VideoLayer):
+                for which, rows in layer.prompt.items():
+                    kind = layer.upper, rows.shape, rows.dtype, rows.device
+                    like.setdefault(kind, []).append((layer, which))
+        for (upper, *_), places in like.items():
+            layer, which = places[0]
+            most = max(1, TABLE // max(1, layer.prompt[which].nbytes))
+            for i in range(0, len(places), most):
+                some = places[i : i + most]
+                table = Table([layer.prompt.pop(which) for layer, which in some], upper)
+                self.tables.append(table)
+                at |= {rows: (table, place) for place, rows in enumerate(some)}
+        for layer, _ in at:
+            layer.at = (*at[layer, 0], *at[layer, 1])
+        self.generation.inferred |= torch.is_inference_mode_enabled()
+
+    def drop(self, rows: RowMap, active: Tensor) -> None:
+        """At prefill: the upper layers hold ``rows``, and of the visual tokens ``active``."""
+        generation, counts = self.generation, active.sum(1)
+        generation.upper = rows
+        generation.visual = replace(generation.visual, active=active, counts=counts)
+        generation.record.attended = counts
 
     @property
     def is_croppable(self) -> bool:
@@ -68,6 +113,8 @@ class DycokeCache(VideoCache):
         generation.length = left
         if count:
             generation.visual = replace(generation.visual, previous=None)
+        for table in self.tables:
+            table.end -= count
         for layer in self.layers:
             # Layers that record what they would forget wait for a crop, be it by nothing.
             if count or getattr(layer, "record_past", False):
@@ -138,10 +185,10 @@ class DycokeCache(VideoCache):
         for name, value in vars(generation).items():
             if name != "record":
                 setattr(generation, name, map_tensors(value, pick))
+        for table in self.tables:
+            table.buffer, table.new, table.seen = pick(table.buffer).contiguous(), (), ()
         for layer in self.layers:
-            if isinstance(layer, VideoLayer):
-                layer.buffers = map_tensors(layer.buffers, lambda x: pick(x).contiguous())
-            else:
+            if not isinstance(layer, VideoLayer):
                 # Rows and states. Stock layers reorder by themselves, but linear ones do not copy.
                 for name, value in vars(layer).items():
                     held = map_tensors(value, lambda x: pick(x) if x.ndim > 2 else x)
@@ -194,7 +241,7 @@ def adopt(
     yet; it gets ``layers`` of them.
     """
     cache.layers = [
-        VideoLayer(generation, i in upper) if type(layer) is DynamicLayer else layer
+        DycokeLayer(generation, i in upper) if type(layer) is DynamicLayer else layer
         for i, layer in enumerate(cache.layers or [DynamicLayer() for _ in range(layers)])
     ]
     generation.stock_layers = not all(isinstance(layer, VideoLayer) for layer in cache.layers)
@@ -203,7 +250,7 @@ def adopt(
     cache.layer_class_to_replicate = None
     cache.__class__ = DycokeCache
     adopted: Any = cache
-    adopted.generation = generation
+    adopted.generation, adopted.tables = generation, []
     return adopted  # type: ignore[no-any-return]
 
 

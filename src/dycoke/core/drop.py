@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dycoke.attention import query_scores
 from dycoke.compat import unknown
-from dycoke.core.cache import VideoCache
+from dycoke.core.cache_rules import DycokeCache
 from dycoke.core.method import Method
 from dycoke.core.prefill import row_map
 from dycoke.errors import UnsupportedError
@@ -32,7 +32,7 @@ def last_token_scores(
 
 
 def drop_rows(
-    method: Method, inputs: dict[str, Any], scores: Tensor | None, cache: VideoCache
+    method: Method, inputs: dict[str, Any], scores: Tensor | None, cache: DycokeCache
 ) -> Tensor:
     """Ask the method what leaves, sample by sample, and tell the cache.
 

@@ -315,7 +315,13 @@ class Engine:
             if cache is None:
                 self.records.measure(record, output, forward.length)
             else:
-                self._check_taken(forward, cache)
+                clear = not forward.prefill and forward.reached == self._overridden
+                fault = None if clear else guards.not_taken(self.decoder, forward, self._overridden)
+                if fault is not None:
+                    self._release()
+                    raise fault
+                if forward.prefill:
+                    cache.settle()
                 if forward.prefill and self.layers.late and forward.scores is not None:
                     self._select(cache, forward.scores)
                 cache.generation.length += forward.length
@@ -326,18 +332,6 @@ class Engine:
         self._release()
         if self.watched and forward is not None and output is not None:
             forward.tell(self.on_step)
-
-    def _check_taken(self, forward: Forward, cache: DycokeCache) -> None:
-        """Raise where the decoder went another way than through the cache and the overrides."""
-        fault, who = "", type(self.decoder).__name__
-        if forward.prefill and cache.row_count != cache.generation.lower.index.shape[1]:
-            fault = f"{who} did not fill the cache that it was handed"
-        elif forward.reached != self._overridden:
-            fault = f"{forward.reached} of {self._overridden} attention modules of {who} called"
-            fault += " the attention function of their config"
-        if fault:
-            self._release()
-            raise compat.unknown(fault)
 
     def _score(self, inner: Any, module: nn.Module, args: list[Any], kwargs: Any) -> Any:
         """The layer below the upper ones: its attention says which tokens they attend to."""
@@ -369,13 +363,15 @@ class Engine:
         """Let the method choose the active set by scores (B, V), and exchange rows."""
         generation = cache.generation
         visual, record = generation.visual, generation.record
-        scores = scores.masked_fill(~visual.valid, 0)
+        if visual.padded:
+            scores = scores.masked_fill(~visual.valid, 0)
         if generation.kind == "select":
             chosen, refreshed = self.method.select_tokens(scores, visual)
-            recalled = cache.select(chosen)
-            if visual.previous is not None:
-                record.refreshes = record.refreshes + refreshed
-                record.recalled = record.recalled + recalled
+            if chosen is not visual.active:
+                recalled = cache.select(chosen)
+                if visual.previous is not None:
+                    record.refreshes = record.refreshes + refreshed
+                    record.recalled = record.recalled + recalled
         cache.note(scores)
 
     def _drop(
@@ -397,7 +393,13 @@ class Engine:
         if forward is not None and forward.cache is not None:
             forward.reached += 1
             if not forward.prefill or forward.source is not None:
-                mask = self._upper_mask(forward, forward.cache, args[0])
+                masks, query = forward.upper_masks, args[0]
+                if query.device not in masks:
+                    masks[query.device] = self._upper_mask(forward, forward.cache, query)
+                mask = masks[query.device]
+                if isinstance(mask, Tensor) and mask.ndim == 4:
+                    # Layers that share keys may be asked for the newest tokens only.
+                    mask = mask[:, :, -query.shape[2] :]
                 if len(args) > 3:
                     args[3] = mask
                 else:
@@ -406,20 +408,14 @@ class Engine:
 
     def _upper_mask(self, forward: Forward, cache: DycokeCache, query: Tensor) -> Any:
         """What the attention function wants as a mask over an upper layer's rows."""
-        if query.device not in forward.upper_masks:
-            lower, upper = cache.generation.lower, cache.generation.upper
-            # Rows of prompt and answer, the new ones included: the layers below have them already.
-            total = upper.index.shape[1] + cache.row_count - lower.index.shape[1]
-            keys = upper.key_mask(forward.attention_mask, total, query.device, forward.decodes)
-            length = total - upper.start if forward.decodes else total
-            new = total if forward.prefill else forward.length
-            if keys is not None or new > 1:
-                keys = compat.native_mask(
-                    self.implementation, self.decoder.config, query, new, length, keys
-                )
-            forward.upper_masks[query.device] = keys
-        mask = forward.upper_masks[query.device]
-        if isinstance(mask, Tensor) and mask.ndim == 4:
-            # Layers that share keys may be asked for the newest tokens only.
-            mask = mask[:, :, -query.shape[2] :]
-        return mask
+        upper, new = cache.generation.upper, forward.length
+        # Rows of prompt and answer, the new ones included.
+        total = cache.generation.rows(upper=True) + new
+        if forward.prefill:
+            total = new = upper.index.shape[1]
+        keys = upper.key_mask(forward.attention_mask, total, query.device, forward.decodes)
+        length = total - upper.start if forward.decodes else total
+        if keys is None and new == 1:
+            return None
+        how, config = self.implementation, self.decoder.config
+        return compat.native_mask(how, config, query, new, length, keys)

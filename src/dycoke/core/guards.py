@@ -7,8 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dycoke.compat import unknown
 from dycoke.core.cache import Generation
 from dycoke.core.cache_rules import check_cache
+from dycoke.core.forward import Forward
 from dycoke.core.layers import FULL, layer_types
 from dycoke.core.method import Method
 from dycoke.errors import UnsupportedError
@@ -124,3 +126,17 @@ def check_go_on(
             "padding between a cached prompt and its question: layers with linear attention or "
             "a window take it for tokens; ask questions of one length together, or one by one"
         )
+
+
+def not_taken(decoder: Any, forward: Forward, overridden: int) -> UnsupportedError | None:
+    """The error where the decoder went another way than through cache and overridden modules."""
+    who, cache, reached = type(decoder).__name__, forward.cache, forward.reached
+    assert cache is not None
+    if forward.prefill and cache.layers[cache.generation.counting].keys is None:
+        return unknown(f"{who} did not fill the cache that it was handed")
+    if reached != overridden:
+        return unknown(
+            f"{reached} of {overridden} attention modules of {who} called the attention function "
+            "of their config"
+        )
+    return None

@@ -71,12 +71,14 @@ class VisualTokens:
     counts : Tensor, long, (B,): how many tokens a decode step attends to.
     active : Tensor, bool, (B, V): the tokens that it attends to now.
     previous : Tensor or None, (B, V): attention in the step before.
+    padded : whether there may be padding.
     """
 
     valid: Tensor
     counts: Tensor
     active: Tensor
     previous: Tensor | None = None
+    padded: bool = True
 
 
 class Method(ABC):
@@ -186,7 +188,8 @@ class Method(ABC):
         Returns
         -------
         active : Tensor, bool, shape (B, V)
-            ``visual.counts[b]`` tokens of each sample.
+            ``visual.counts[b]`` tokens of each sample; ``visual.active`` itself where all stays as
+            it is, and then nothing is exchanged or counted.
         refreshed : Tensor, bool, shape (B,)
         """
         return visual.active, torch.zeros_like(visual.counts, dtype=torch.bool)

@@ -106,7 +106,12 @@ def arrange(
         dropped=(~keep).cumsum(1),
         lower=lower,
         upper=upper,
-        visual=VisualTokens(valid, torch.tensor(counts, device=device), active),
+        visual=VisualTokens(
+            valid,
+            torch.tensor(counts, device=device),
+            active,
+            padded=min(kept) < max(1, most),
+        ),
         lower_rows=rows,
         upper_rows=slots,
     )

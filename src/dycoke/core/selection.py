@@ -50,23 +50,16 @@ def needs_refresh(scores: Tensor, previous: Tensor | None, threshold: float) -> 
     return F.cosine_similarity(scores, previous, dim=1) < threshold
 
 
-def swap_pairs(active: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor] | None:
+def swap_pairs(active: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Pair the tokens that leave the active set with those that enter it.
 
     ``active`` and ``chosen`` are the set before and after, bool (B, V), equally large in each
-    sample. Returns token indices (leaving, entering), each (B, n), n the largest number of changes
-    in a sample; None where nothing changes. Samples with fewer changes repeat their first pair, or
-    pair a token with itself: one simultaneous exchange gives the same rows however often a pair is
-    repeated. This is the one place of a decode step that waits for the device.
+    sample. Returns samples and token indices (samples, leaving, entering), each (n,), n the number
+    of changes in all; None where nothing changes. Waits for the device.
     """
-    leaving, entering = active & ~chosen, chosen & ~active
-    changes = leaving.sum(1)
-    most = int(changes.max()) if changes.numel() else 0
-    if most == 0:
+    _, samples, tokens = torch.stack([active & ~chosen, chosen & ~active]).nonzero().unbind(1)
+    if not len(tokens):
         return None
-    first = leaving.byte().sort(dim=1, descending=True, stable=True).indices[:, :most]
-    second = entering.byte().sort(dim=1, descending=True, stable=True).indices[:, :most]
-    turn = torch.arange(most, device=active.device).expand(active.shape[0], most)
-    turn = torch.where(turn < changes[:, None], turn, 0)
-    first, second = first.gather(1, turn), second.gather(1, turn)
-    return first, torch.where(changes[:, None] > 0, second, first)
+    # Both halves are in the order of the samples, and have as many tokens of each.
+    leaving, entering = tokens.chunk(2)
+    return samples[: len(leaving)], leaving, entering

@@ -167,6 +167,10 @@ class DyCoke(Compressor):
 
     def select_tokens(self, scores: Tensor, visual: VisualTokens) -> tuple[Tensor, Tensor]:
         refreshed = needs_refresh(scores, visual.previous, self.refresh_threshold)
-        refreshed = refreshed & visual.valid.any(1)
-        chosen = top_mask(scores.masked_fill(~visual.valid, -torch.inf), visual.counts)
+        if visual.padded:
+            refreshed = refreshed & visual.valid.any(1)
+            scores = scores.masked_fill(~visual.valid, -torch.inf)
+        if not refreshed.any():  # a wait for the device, which saves all that follows
+            return visual.active, refreshed
+        chosen = top_mask(scores, visual.counts)
         return torch.where(refreshed[:, None], chosen, visual.active), refreshed

@@ -27,6 +27,7 @@ NAMES = (NAME, "get_image_features")  # a video's frames may be images to the mo
 # How many slices each video (image) has: a grid (T, H, W) of patches, or a number of frames.
 SIZES = ("video_grid_thw", "image_grid_thw", "num_frames_per_video")
 AUTO = "auto"
+CPU_FRAMES = 32  # more at once are slower there: what is between two layers leaves the caches
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def encode_in_chunks(model: Any, frames: int | str = AUTO) -> Iterator[None]:
     ----------
     model : a transformers model with ``get_video_features`` or ``get_image_features``.
     frames : int, at least 2; or "auto", as many as fit in half of the memory that is free when the
-        encoder is called, see `dycoke.vision.memory`.
+        encoder is called, see `dycoke.vision.memory`, on a CPU at most `CPU_FRAMES`.
 
     Notes
     -----
@@ -51,7 +52,8 @@ def encode_in_chunks(model: Any, frames: int | str = AUTO) -> Iterator[None]:
     def most(patches: int, device: torch.device) -> int:
         if isinstance(frames, int):
             return frames
-        return frames_that_fit(model.config, patches, base.dtype.itemsize, device)
+        fit = frames_that_fit(model.config, patches, base.dtype.itemsize, device)
+        return min(fit, CPU_FRAMES) if device.type == "cpu" else fit
 
     with ExitStack() as stack:
         for name in NAMES:
