@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import (
     answer,
@@ -219,6 +219,7 @@ ODD = st.recursive(
 )  # fmt: skip
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # Of a busy machine.
 @given(st.data())
 def test_whatever_is_given_is_a_method_or_a_refusal(data: st.DataObject) -> None:
     """Nothing else comes out of it, and what comes out can be a key."""

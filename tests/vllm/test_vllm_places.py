@@ -14,7 +14,7 @@ from dycoke.vllm.places import Media, columns, decode, encode, put, tag, whole_p
 VIDEO, TEXT = 7, 1
 
 
-@pytest.mark.parametrize("frames, tokens", [(1, 9), (4, 16), (5, 7), (13, 25)])
+@pytest.mark.parametrize(("frames", "tokens"), [(1, 9), (4, 16), (5, 7), (13, 25)])
 @pytest.mark.parametrize(
     "method",
     [
@@ -96,7 +96,7 @@ def test_rows_of_text_lead() -> None:
 
 
 @pytest.mark.parametrize(
-    "text, error, says",
+    ("text", "error", "says"),
     [
         ("{", ValueError, "no JSON"),
         ("[1]", ValueError, "JSON object"),

@@ -6,7 +6,8 @@ variable ``DYCOKE_VLLM`` has settings::
     DYCOKE_VLLM='{"merge_ratio": 0.7}' vllm serve Qwen/Qwen2.5-VL-7B-Instruct
 
 Only the first of DyCoke's two stages is there: a paged cache cannot choose rows per step. Kept
-tokens stand where they would in the whole video. See docs/vllm.md.
+tokens stand where they would in the whole video. Not proven in a running engine yet, see
+docs/decisions.md, 34.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from typing import Any
 
 from dycoke.errors import UnsupportedError
@@ -11,7 +12,7 @@ from dycoke.vllm import VARIABLE
 from dycoke.vllm.counts import keep_mask, kept_count, parse
 
 TESTED = ("0.32", "0.33")
-"""Versions of vLLM whose code this was written and tested against."""
+"""Versions of vLLM whose code this was written against."""
 
 MODELS = {
     "Qwen2_5_VLForConditionalGeneration": "dycoke.vllm.qwen2_5_vl:DyCokeQwen2_5_VL",
@@ -31,7 +32,7 @@ def install() -> None:
     Raises
     ------
     UnsupportedError
-        For a version of vLLM that was not tested, and for settings it cannot have.
+        For a version of vLLM that this was not written for, and for settings it cannot have.
     ValueError
         For settings that are wrong.
     """
@@ -40,6 +41,11 @@ def install() -> None:
 
     check_version(vllm.__version__)
     parse(os.environ[VARIABLE])
+    warnings.warn(
+        "dycoke.vllm has not been proven in a running engine yet: compare its answers with "
+        "transformers and DyCoke(prune_ratio=0) before you rely on them",
+        stacklevel=2,
+    )
     for architecture, path in MODELS.items():
         vllm.ModelRegistry.register_model(architecture, path)
     _wrap(ModelConfig, "_try_verify_and_update_model_config", configure)
