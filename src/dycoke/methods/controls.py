@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from dycoke.core.method import NO_CONTEXT, VideoContext
-from dycoke.errors import UnsupportedError
-from dycoke.methods.base import Reducer
+from dycoke.errors import UnsupportedError, check_count
+from dycoke.methods.base import Reducer, check_settings
 from dycoke.methods.dycoke import DyCoke
 from dycoke.video import sample_indices
 
@@ -26,11 +26,15 @@ class RandomTokens(DyCoke):
 
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_settings(self, check_count, "seed", least=0)
+
     def merge_tokens(
         self, features: Tensor, context: VideoContext = NO_CONTEXT
     ) -> tuple[Tensor, Tensor]:
         keep = self.keep_mask(features, context)
-        mark = zlib.crc32(features[0, 0].float().cpu().numpy().tobytes(), self.seed)
+        mark = zlib.crc32(features[0, 0].float().cpu().numpy().tobytes(), self.seed & 0xFFFFFFFF)
         order = torch.randperm(keep.numel(), generator=torch.Generator().manual_seed(mark))
         chosen = torch.zeros(keep.numel(), dtype=torch.bool)
         chosen[order[: int(keep.sum())]] = True
