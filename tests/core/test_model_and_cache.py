@@ -394,6 +394,24 @@ def test_a_decoder_that_takes_another_cache_is_an_error() -> None:
     assert "did not fill the cache" in str(caught.value)
 
 
+def test_a_decoder_that_keeps_too_few_rows_is_an_error() -> None:
+    model, inputs = tiny.FAMILIES["llava_onevision"].model(), inputs_of("llava_onevision", *ONE)
+    decoder = model.get_decoder()
+    inner, name = decoder.forward, cache_name(decoder)
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = inner(*args, **kwargs)
+        for layer in kwargs[name].layers:
+            layer.prompt = {which: rows[:, :, 1:] for which, rows in layer.prompt.items()}
+        return output
+
+    decoder.forward = forward
+    with DyCoke(prune_ratio=0)(model):
+        with pytest.raises(UnsupportedError, match="did not fill the cache"):
+            generate(model, inputs)
+
+
 def test_attention_that_goes_another_way_is_an_error() -> None:
     model, inputs = tiny.FAMILIES["llava_onevision"].model(), inputs_of("llava_onevision", *ONE)
     with DyCoke()(model):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dycoke.compat import unknown
-from dycoke.core.cache import Generation
+from dycoke.core.cache import Generation, VideoLayer
 from dycoke.core.cache_rules import check_cache
 from dycoke.core.forward import Forward
 from dycoke.core.layers import FULL, layer_types
@@ -132,7 +132,14 @@ def not_taken(decoder: Any, forward: Forward, overridden: int) -> UnsupportedErr
     """The error where the decoder went another way than through cache and overridden modules."""
     who, cache, reached = type(decoder).__name__, forward.cache, forward.reached
     assert cache is not None
-    if forward.prefill and cache.layers[cache.generation.counting].keys is None:
+    layer, rows = cache.layers[cache.generation.counting], cache.generation.lower.index.shape[1]
+    if layer.keys is None:
+        held = 0
+    elif isinstance(layer, VideoLayer):
+        held = layer.keys.shape[2]  # its own count is what was planned
+    else:
+        held = layer.get_seq_length()  # one with a window holds fewer
+    if forward.prefill and held != rows:
         return unknown(f"{who} did not fill the cache that it was handed")
     if reached != overridden:
         return unknown(
