@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,7 +13,7 @@ from dycoke import DyCoke
 from dycoke.errors import UnsupportedError
 from dycoke.methods import EVS, RandomTokens
 from dycoke.vllm.counts import keep_mask, kept_count, parse
-from dycoke.vllm.places import Media, columns, decode, encode, put, tag, whole_positions
+from dycoke.vllm.places import Media, Placing, columns, decode, encode, put, tag, whole_positions
 
 VIDEO, TEXT = 7, 1
 
@@ -85,6 +89,45 @@ def test_positions_are_those_of_the_whole_prompt(seed: int) -> None:
         assert positions.tolist() == [whole] * 3
 
 
+def test_a_models_own_rule_places_the_whole_prompt() -> None:
+    """A stock class of which a video's frames have one time each: text begins after the last."""
+
+    @dataclass(frozen=True)
+    class Place:
+        offset: int
+        length: int
+
+    @dataclass(frozen=True)
+    class Feature:
+        mm_position: Place
+
+    class Stock:
+        config = SimpleNamespace(image_token_id=6, video_token_id=VIDEO)
+
+        def get_mrope_input_positions(self, tokens: list[int], media: list[Any]) -> Any:
+            (place,) = (feature.mm_position for feature in media)
+            video = torch.arange(12) // 4 + place.offset  # three frames of four
+            rest = torch.arange(len(tokens) - place.offset - 12) + place.offset + 3
+            positions = torch.cat([torch.arange(place.offset), video, rest]).expand(3, -1)
+            return positions.int(), 0
+
+    class Ours(Placing, Stock):
+        def media_of(self, tokens: list[int], feature: Any) -> Media:
+            place = feature.mm_position
+            return Media(place.offset, place.length, [VIDEO] * 12)
+
+    model, tokens = Ours(), [TEXT] * 2 + [VIDEO] * 5 + [TEXT] * 3
+    positions, delta = model.get_mrope_input_positions(tokens, [Feature(Place(2, 5))])
+    # Cells 0 to 3 of frame 0, and one of frame 2.
+    rows = tag(torch.zeros(5, 2), torch.tensor([0, 0, 0, 0, 2])[:, None].expand(-1, 3))
+    assert positions[0, -3:].tolist() == [5, 6, 7]
+    assert delta == 8 - 10
+    for pieces, computed in (([rows[:3]], 0), ([rows[3:]], 5)):
+        _, positions, again = model.recompute_mrope_positions(tokens, pieces, positions, computed)
+        assert again == delta
+    assert positions.tolist() == [[0, 1, 2, 2, 2, 2, 4, 5, 6, 7]] * 3
+
+
 def test_rows_of_text_lead() -> None:
     """Qwen3-VL: a frame's time and start are rows of the media, before its first placeholder."""
     offsets = torch.tensor([[0], [1], [2], [2], [3]]).expand(-1, 3)
@@ -102,6 +145,7 @@ def test_rows_of_text_lead() -> None:
         ("[1]", ValueError, "JSON object"),
         ('{"merge_ratio": 2}', ValueError, "merge_ratio"),
         ('{"method": "nobody"}', ValueError, "unknown method"),
+        ('{"off": true}', ValueError, "unset it"),
         ('{"method": "vidcom2"}', UnsupportedError, "dycoke serve"),
         ('{"method": "dycoke+"}', UnsupportedError, "not possible inside vLLM"),
         ('{"prune_ratio": 0.7}', UnsupportedError, "rows per step"),
@@ -113,3 +157,5 @@ def test_what_vllm_cannot_have_is_refused(text: str, error: type[Exception], say
     with pytest.raises(error, match=says):
         parse(text)
     assert parse('{"merge_ratio": 0.5}') == DyCoke(merge_ratio=0.5, prune_ratio=0)
+    assert parse('{"method": "dycoke"}') == parse("{}") == DyCoke(prune_ratio=0)
+    assert parse('{"method": "random", "seed": 3}') == RandomTokens(prune_ratio=0, seed=3)

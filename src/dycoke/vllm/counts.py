@@ -7,17 +7,18 @@ shapes alone. Positions of kept tokens follow from the mask, and travel with the
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
-from typing import Any
 
 from torch import Tensor
 
 from dycoke.compressor import Compressor
 from dycoke.errors import UnsupportedError
 from dycoke.merging import retained_count, video_budget
-from dycoke.methods import EVS, DyCoke, RandomTokens
-from dycoke.methods.registry import METHODS, from_dict
+from dycoke.methods import EVS, DyCoke, RandomTokens, choose
+from dycoke.vllm import VARIABLE
 
 
 @cache
@@ -26,8 +27,8 @@ def parse(text: str) -> Compressor:
 
     Parameters
     ----------
-    text : a JSON object: settings, and the ``method`` they are of ("dycoke" where it is left out).
-        ``prune_ratio`` is 0 here, whatever its default: choosing rows per step is not possible.
+    text : a JSON object, as `dycoke.methods.choose` takes it. ``prune_ratio`` is 0 here, whatever
+        its default: choosing rows per step is not possible.
 
     Raises
     ------
@@ -48,26 +49,27 @@ def parse(text: str) -> Compressor:
             f"DYCOKE_VLLM={text!r} must be a JSON object of settings; "
             """write for example DYCOKE_VLLM='{"merge_ratio": 0.7}'"""
         )
-    method = from_dict(_spelled_out(settings))
-    _check(method)
-    return method
-
-
-def _spelled_out(settings: Mapping[str, Any]) -> dict[str, Any]:
-    own = {"method": "dycoke", **settings}
-    entry = METHODS.get(str(own["method"]))
-    if entry is not None and entry.kind is not None and issubclass(entry.kind, DyCoke):
-        own.setdefault("prune_ratio", 0.0)
-    return own
-
-
-def _check(method: Compressor) -> None:
+    method = choose(settings, DyCoke(prune_ratio=0))
+    if method is None:
+        raise ValueError(f"DYCOKE_VLLM={text!r} asks for the full model; unset it instead")
     if type(method) not in (DyCoke, RandomTokens, EVS):
         raise UnsupportedError(
             "vLLM must know from a video's shape how many tokens stay, and "
             f"{type(method).__name__} does not say so; use dycoke, random or evs, or `dycoke "
             "serve`, which has all methods"
         )
+    if isinstance(method, DyCoke) and "prune_ratio" not in settings:
+        method = replace(method, prune_ratio=0.0)
+    _check(method)
+    return method
+
+
+def asked() -> Compressor:
+    """The method that this process's environment asks for."""
+    return parse(os.environ[VARIABLE])
+
+
+def _check(method: Compressor) -> None:
     refused = {
         "prune_ratio": (method.prune_ratio, 0, "a paged cache cannot choose rows per step"),
         "score_layer": (method.score_layer, None, "nothing is chosen while decoding"),

@@ -6,8 +6,7 @@ vLLM numbers the positions of a model with plain RoPE through. Declared to have 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +17,8 @@ from vllm.model_executor.models.interfaces import SupportsMRoPE, SupportsMultiMo
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import VideoProcessorItems
 
-from dycoke.vllm import VARIABLE
-from dycoke.vllm.counts import keep_mask, kept_count, parse
-from dycoke.vllm.places import Media, put, tag, whole_positions
+from dycoke.vllm.counts import asked, keep_mask, kept_count
+from dycoke.vllm.places import Media, Placing, tag
 
 ROPE_FACTOR = 4
 """How many times ``max_position_embeddings`` vLLM's table of rotations for three axes is long."""
@@ -34,7 +32,7 @@ class _Counting:
         tokens = self._get_num_frame_tokens(**size)  # type: ignore[attr-defined]
         whole = super().get_num_video_tokens(num_frames=num_frames, **size)  # type: ignore[misc]
         newline: int = whole - num_frames * tokens
-        return kept_count(parse(os.environ[VARIABLE]), num_frames, tokens) + newline
+        return kept_count(asked(), num_frames, tokens) + newline
 
 
 class _Checking:
@@ -62,20 +60,20 @@ class _Checking:
         return updates
 
 
-class _Pruning(SupportsMRoPE, SupportsMultiModalPruning):
-    """What both models do with positions."""
+class _Pruning(Placing, SupportsMRoPE, SupportsMultiModalPruning):
+    """The stock classes' videos lose tokens, and their rows say where they stand."""
 
     config: Any
 
-    def _kept(self, videos: Iterable[Tensor], pixels: Iterable[Tensor]) -> list[Tensor]:
-        """Features of videos without what leaves; rows after the last frame's stay."""
-        method = parse(os.environ[VARIABLE])
+    def _process_video_pixels(self, inputs: Any) -> list[Tensor]:
+        method, tokens = asked(), self._per_frame()
+        videos = super()._process_video_pixels(inputs)
         out = []
-        for rows, frames in zip(videos, map(len, pixels), strict=True):
+        for rows, pixels in zip(videos, inputs["pixel_values_videos"], strict=True):
             rows = rows.reshape(-1, rows.shape[-1])
-            tail = len(rows) - frames * self._per_frame()
-            keep = keep_mask(method, rows[: len(rows) - tail], frames)
-            keep = torch.cat([keep, keep.new_ones(tail)])
+            visual = len(pixels) * tokens
+            keep = keep_mask(method, rows[:visual], len(pixels))
+            keep = torch.cat([keep, keep.new_ones(len(rows) - visual)])  # a newline stays
             out.append(tag(rows[keep], keep.nonzero().expand(-1, 3)))
         return out
 
@@ -85,31 +83,19 @@ class _Pruning(SupportsMRoPE, SupportsMultiModalPruning):
         stride = getattr(self.config, "spatial_pool_stride", 2)
         return int((-(-side // stride)) ** 2)
 
-    def get_mrope_input_positions(
-        self, input_tokens: list[int], mm_features: list[Any]
-    ) -> tuple[Tensor, int]:
-        media = []
-        for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
-            place = feature.mm_position
-            rows = place.length
-            if feature.modality == "video":
-                frames = len(feature.data["pixel_values_videos"].data)
-                kept = kept_count(parse(os.environ[VARIABLE]), frames, self._per_frame())
-                rows += frames * self._per_frame() - kept
-            media.append(Media(place.offset, place.length, [0] * rows))
-        return whole_positions(
-            input_tokens, media, lambda whole, _: torch.arange(len(whole)).expand(3, -1)
-        )
+    def media_ids(self) -> tuple[int, ...]:
+        return self.config.image_token_index, self.config.video_token_index
 
-    def recompute_mrope_positions(
-        self,
-        input_ids: Any,
-        multimodal_embeddings: Sequence[Tensor],
-        mrope_positions: Tensor,
-        num_computed_tokens: int,
-    ) -> tuple[list[Tensor], Tensor, int]:
-        ids = [self.config.video_token_index, self.config.image_token_index]
-        return put(input_ids, ids, multimodal_embeddings, mrope_positions, num_computed_tokens)
+    def media_of(self, tokens: list[int], feature: Any) -> Media:
+        place = feature.mm_position
+        rows = place.length
+        if feature.modality == "video":
+            frames, each = len(feature.data["pixel_values_videos"].data), self._per_frame()
+            rows += frames * each - kept_count(asked(), frames, each)
+        return Media(place.offset, place.length, [0] * rows)
+
+    def whole_rule(self, tokens: list[int], features: list[Any]) -> Tensor:
+        return torch.arange(len(tokens)).expand(3, -1)
 
 
 class _OnevisionInfo(_Counting, onevision.LlavaOnevisionProcessingInfo):
@@ -126,10 +112,7 @@ class _OnevisionProcessor(_Checking, onevision.LlavaOnevisionMultiModalProcessor
     dummy_inputs=onevision.LlavaOnevisionDummyInputsBuilder,
 )
 class DyCokeLlavaOnevision(_Pruning, onevision.LlavaOnevisionForConditionalGeneration):
-    """The stock class, whose videos lose tokens and whose rows say where they stand."""
-
-    def _process_video_pixels(self, inputs: Any) -> list[Tensor]:
-        return self._kept(super()._process_video_pixels(inputs), inputs["pixel_values_videos"])
+    """LLaVA-OneVision, whose images have columns, too."""
 
     def _process_image_input(self, image_input: Any) -> list[Tensor]:
         return [
@@ -152,7 +135,4 @@ class _NextVideoProcessor(_Checking, next_video.LlavaNextVideoMultiModalProcesso
     dummy_inputs=next_video.LlavaNextVideoDummyInputsBuilder,
 )
 class DyCokeLlavaNextVideo(_Pruning, next_video.LlavaNextVideoForConditionalGeneration):
-    """The stock class, whose videos lose tokens and whose rows say where they stand."""
-
-    def _process_video_pixels(self, inputs: Any) -> list[Tensor]:
-        return self._kept(super()._process_video_pixels(inputs), inputs["pixel_values_videos"])
+    """LLaVA-NeXT-Video, to which vLLM gives videos alone."""

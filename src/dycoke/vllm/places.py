@@ -12,7 +12,8 @@ are dropped: here a frame's time is what the model's own positions say.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,3 +160,46 @@ def whole_positions(
     positions = ask(whole, offsets)
     delta = int(positions.max()) + 1 - len(tokens)
     return positions[:, stays].contiguous(), delta
+
+
+class Placing:
+    """What a model class of vLLM does with positions; stands before the stock class."""
+
+    def media_ids(self) -> tuple[int, ...]:
+        """Ids that stand for rows of an image or a video."""
+        config: Any = self.config  # type: ignore[attr-defined]
+        return config.image_token_id, config.video_token_id
+
+    def media_of(self, tokens: list[int], feature: Any) -> Media:
+        """Where a prompt has a media, and what it is when whole; ``feature`` is vLLM's spec."""
+        raise NotImplementedError
+
+    def whole_rule(self, tokens: list[int], features: list[Any]) -> Tensor:
+        """Positions (3, W) of a prompt of which nothing left: the stock class's own."""
+        positions: Tensor = super().get_mrope_input_positions(tokens, features)[0]  # type: ignore[misc]
+        return positions.long()
+
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: list[Any]
+    ) -> tuple[Tensor, int]:
+        features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
+
+        def ask(tokens: list[int], offsets: list[int]) -> Tensor:
+            moved = [
+                replace(feature, mm_position=replace(feature.mm_position, offset=offset))
+                for feature, offset in zip(features, offsets, strict=True)
+            ]
+            return self.whole_rule(tokens, moved)
+
+        media = [self.media_of(input_tokens, feature) for feature in features]
+        return whole_positions(input_tokens, media, ask)
+
+    def recompute_mrope_positions(
+        self,
+        input_ids: Any,
+        multimodal_embeddings: Sequence[Tensor],
+        mrope_positions: Tensor,
+        num_computed_tokens: int,
+    ) -> tuple[list[Tensor], Tensor, int]:
+        ids = self.media_ids()
+        return put(input_ids, ids, multimodal_embeddings, mrope_positions, num_computed_tokens)

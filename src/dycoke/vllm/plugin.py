@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 import warnings
 from typing import Any
 
 from dycoke.errors import UnsupportedError
 from dycoke.vllm import VARIABLE
-from dycoke.vllm.counts import keep_mask, kept_count, parse
+from dycoke.vllm.counts import asked, keep_mask, kept_count
 
 TESTED = ("0.32", "0.33")
 """Versions of vLLM whose code this was written against."""
@@ -40,7 +39,7 @@ def install() -> None:
     from vllm.config import ModelConfig
 
     check_version(vllm.__version__)
-    parse(os.environ[VARIABLE])
+    asked()
     warnings.warn(
         "dycoke.vllm has not been proven in a running engine yet: compare its answers with "
         "transformers and DyCoke(prune_ratio=0) before you rely on them",
@@ -110,7 +109,7 @@ def three_axes(text: Any) -> None:
 def _count_for_qwen3() -> None:
     # Its processor asks for counts at two places in the middle of long functions, by these names.
     module = importlib.import_module("vllm.model_executor.models.qwen3_vl")
-    method = parse(os.environ[VARIABLE])
+    method = asked()
 
     def count(tokens_per_frame: int, num_frames: int, q: float) -> int:
         return kept_count(method, num_frames, tokens_per_frame)

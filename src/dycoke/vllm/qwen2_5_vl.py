@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +11,8 @@ from torch import Tensor
 from vllm.model_executor.models import qwen2_5_vl as stock
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from dycoke.vllm import VARIABLE
-from dycoke.vllm.counts import keep_mask, kept_count, parse
-from dycoke.vllm.places import Media, put, tag, whole_positions
+from dycoke.vllm.counts import asked, keep_mask, kept_count
+from dycoke.vllm.places import Media, Placing, tag
 
 
 class Processor(stock.Qwen2_5_VLMultiModalProcessor):
@@ -27,7 +24,7 @@ class Processor(stock.Qwen2_5_VLMultiModalProcessor):
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
         merge = self.info.get_image_processor(**hf_processor_mm_kwargs).merge_size
         token = self.info.get_hf_config().video_token_id
-        method = parse(os.environ[VARIABLE])
+        method = asked()
 
         def placeholders(index: int) -> list[int]:
             frames, height, width = map(
@@ -46,7 +43,7 @@ class Processor(stock.Qwen2_5_VLMultiModalProcessor):
     info=stock.Qwen2_5_VLProcessingInfo,
     dummy_inputs=stock.Qwen2_5_VLDummyInputsBuilder,
 )
-class DyCokeQwen2_5_VL(stock.Qwen2_5_VLForConditionalGeneration):  # noqa: N801
+class DyCokeQwen2_5_VL(Placing, stock.Qwen2_5_VLForConditionalGeneration):  # noqa: N801
     """The stock class, whose way for pruned media gets other masks and other columns."""
 
     def _postprocess_image_embeds_evs(
@@ -61,7 +58,7 @@ class DyCokeQwen2_5_VL(stock.Qwen2_5_VLForConditionalGeneration):  # noqa: N801
     def _postprocess_video_embeds_evs(
         self, video_embeds_split: Sequence[Tensor], video_input: Any
     ) -> tuple[Tensor, ...]:
-        method = parse(os.environ[VARIABLE])
+        method = asked()
         grids = video_input["video_grid_thw"].tolist()
         seconds = video_input.get("second_per_grid_ts")
         seconds = [1.0] * len(grids) if seconds is None else seconds.flatten().tolist()
@@ -83,35 +80,9 @@ class DyCokeQwen2_5_VL(stock.Qwen2_5_VLForConditionalGeneration):  # noqa: N801
         time = (axes[0].double() * per_frame).long()
         return torch.stack([time, axes[1], axes[2]], -1).flatten(0, 2)
 
-    def get_mrope_input_positions(
-        self, input_tokens: list[int], mm_features: list[Any]
-    ) -> tuple[Tensor, int]:
-        features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
-        rule = super().get_mrope_input_positions
-
-        def ask(tokens: list[int], offsets: list[int]) -> Tensor:
-            moved = [
-                replace(feature, mm_position=replace(feature.mm_position, offset=offset))
-                for feature, offset in zip(features, offsets, strict=True)
-            ]
-            positions: Tensor = rule(tokens, moved)[0]
-            return positions.long()
-
-        return whole_positions(input_tokens, [*map(self._media, features)], ask)
-
-    def _media(self, feature: Any) -> Media:
+    def media_of(self, tokens: list[int], feature: Any) -> Media:
         kind = feature.modality
         merge = self.config.vision_config.spatial_merge_size
         rows = int(feature.data[f"{kind}_grid_thw"].data.prod()) // merge**2
         token = self.config.video_token_id if kind == "video" else self.config.image_token_id
         return Media(feature.mm_position.offset, feature.mm_position.length, [token] * rows)
-
-    def recompute_mrope_positions(
-        self,
-        input_ids: Any,
-        multimodal_embeddings: Sequence[Tensor],
-        mrope_positions: Tensor,
-        num_computed_tokens: int,
-    ) -> tuple[list[Tensor], Tensor, int]:
-        place = partial(put, input_ids, (self.config.image_token_id, self.config.video_token_id))
-        return place(multimodal_embeddings, mrope_positions, num_computed_tokens)

@@ -7,18 +7,16 @@ features of all its rows come from the model's side. `dycoke.vllm.plugin` has th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.model_executor.models import qwen3_vl as stock
 
-from dycoke.vllm.places import Media, columns, put, tag, whole_positions
+from dycoke.vllm.places import Media, Placing, columns, tag
 
 
-class DyCokeQwen3VL(stock.Qwen3VLForConditionalGeneration):
+class DyCokeQwen3VL(Placing, stock.Qwen3VLForConditionalGeneration):
     """The stock class, whose way for pruned media gets other columns."""
 
     def _postprocess_image_embeds_evs(
@@ -42,24 +40,7 @@ class DyCokeQwen3VL(stock.Qwen3VLForConditionalGeneration):
         starts = known[:, 3].nonzero().flatten()
         return columns(known[:, :3], lead=int(starts[0]) + 1)
 
-    def get_mrope_input_positions(
-        self, input_tokens: list[int], mm_features: list[Any]
-    ) -> tuple[Tensor, int]:
-        features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
-        rule = super().get_mrope_input_positions
-
-        def ask(tokens: list[int], offsets: list[int]) -> Tensor:
-            moved = [
-                replace(feature, mm_position=replace(feature.mm_position, offset=offset))
-                for feature, offset in zip(features, offsets, strict=True)
-            ]
-            positions: Tensor = rule(tokens, moved)[0]
-            return positions.long()
-
-        media = [self._media(input_tokens, feature) for feature in features]
-        return whole_positions(input_tokens, media, ask)
-
-    def _media(self, tokens: list[int], feature: Any) -> Media:
+    def media_of(self, tokens: list[int], feature: Any) -> Media:
         place, config = feature.mm_position, self.config
         ids = tokens[place.offset : place.offset + place.length]
         if feature.modality != "video":
@@ -74,13 +55,3 @@ class DyCokeQwen3VL(stock.Qwen3VLForConditionalGeneration):
             if token == config.vision_start_token_id:
                 whole += [config.video_token_id] * rows
         return Media(place.offset, place.length, whole)
-
-    def recompute_mrope_positions(
-        self,
-        input_ids: Any,
-        multimodal_embeddings: Sequence[Tensor],
-        mrope_positions: Tensor,
-        num_computed_tokens: int,
-    ) -> tuple[list[Tensor], Tensor, int]:
-        place = partial(put, input_ids, (self.config.image_token_id, self.config.video_token_id))
-        return place(multimodal_embeddings, mrope_positions, num_computed_tokens)
