@@ -120,7 +120,9 @@ def features(model: Any, inputs: dict[str, Any]) -> tuple[list[Tensor], Any]:
         known = {name: inputs[name] for name in names if name in inputs}
         output = base.get_video_features(*known.values(), return_dict=True)
     deep = getattr(output, "deepstack_features", None) or []
-    rows = [*output.pooler_output, *(r for level in deep for r in level)]
+    # The oldest supported release joins a level's videos.
+    levels = [[level] if isinstance(level, Tensor) else level for level in deep]
+    rows = [*output.pooler_output, *(r for level in levels for r in level)]
     return [r.reshape(-1, r.shape[-1]) for r in rows], output
 
 
