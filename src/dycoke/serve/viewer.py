@@ -154,8 +154,8 @@ class Viewer:
         if asked.story is not None:
             return [await asyncio.to_thread(story_video, asked.story, asked.frames)]
         too_large = ApiError(413, f"larger than {self.max_bytes >> 20} MiB")
-        length = request.headers.get("content-length", "0")
-        if len(length) > 15 or int(length) > self.max_bytes:  # h11 lets digits through alone
+        length = _whole(request.headers.get("content-length", "0"))
+        if length is None or length > self.max_bytes:  # h11 lets digits through alone
             raise too_large
         data = bytearray()
         async for part in request.stream():
@@ -321,16 +321,19 @@ def _same_origin(request: Request) -> None:
 
 def _count(values: Any, name: str, default: int, most: int, least: int = 1) -> int:
     text = values.get(name) or str(default)
-    whole = text.isascii() and text.isdecimal() and len(text) < 16
-    if not whole or not least <= int(text) <= most:
+    number = _whole(text)
+    if number is None or not least <= number <= most:
         raise ApiError(400, f"{name} must be a number from {least} to {most}, got {text[:40]!r}")
-    return int(text)
+    return number
+
+
+def _whole(text: str) -> int | None:
+    """A number of up to 15 digits; int() alone refuses long ones, and takes those of any script."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 16 else None
 
 
 def _sizes(text: str) -> list[int]:
-    parts = text.split(",") if text else []
-    good = all(part.isascii() and part.isdecimal() and 0 < len(part) < 16 for part in parts)
-    sizes = [int(part) for part in parts] if good else [0]
+    sizes = [_whole(part) or 0 for part in text.split(",")] if text else []
     if not all(sizes) or len(sizes) > MOST_CLIPS:
         raise ApiError(400, f"sizes must be up to {MOST_CLIPS} lengths in bytes, got {text[:40]!r}")
     return sizes
