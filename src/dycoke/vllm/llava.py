@@ -60,7 +60,7 @@ class _Checking:
         return updates
 
 
-class _Pruning(Placing, SupportsMRoPE, SupportsMultiModalPruning):
+class _Pruning(Placing):
     """The stock classes' videos lose tokens, and their rows say where they stand."""
 
     config: Any
@@ -111,7 +111,12 @@ class _OnevisionProcessor(_Checking, onevision.LlavaOnevisionMultiModalProcessor
     info=_OnevisionInfo,
     dummy_inputs=onevision.LlavaOnevisionDummyInputsBuilder,
 )
-class DyCokeLlavaOnevision(_Pruning, onevision.LlavaOnevisionForConditionalGeneration):
+class DyCokeLlavaOnevision(
+    _Pruning,
+    onevision.LlavaOnevisionForConditionalGeneration,
+    SupportsMRoPE,  # protocols come last: their __init__ takes nothing
+    SupportsMultiModalPruning,
+):
     """LLaVA-OneVision, whose images have columns, too."""
 
     def _process_image_input(self, image_input: Any) -> list[Tensor]:
@@ -134,5 +139,10 @@ class _NextVideoProcessor(_Checking, next_video.LlavaNextVideoMultiModalProcesso
     info=_NextVideoInfo,
     dummy_inputs=next_video.LlavaNextVideoDummyInputsBuilder,
 )
-class DyCokeLlavaNextVideo(_Pruning, next_video.LlavaNextVideoForConditionalGeneration):
+class DyCokeLlavaNextVideo(
+    _Pruning,
+    next_video.LlavaNextVideoForConditionalGeneration,
+    SupportsMRoPE,
+    SupportsMultiModalPruning,
+):
     """LLaVA-NeXT-Video, to which vLLM gives videos alone."""
