@@ -8,7 +8,7 @@ from typing import Any
 
 from dycoke.errors import UnsupportedError
 from dycoke.vllm import VARIABLE
-from dycoke.vllm.counts import asked, keep_mask, kept_count
+from dycoke.vllm.counts import asked, kept_count
 
 TESTED = ("0.32", "0.33")
 """Versions of vLLM whose code this was written against."""
@@ -114,16 +114,13 @@ def _count_for_qwen3() -> None:
     def count(tokens_per_frame: int, num_frames: int, q: float) -> int:
         return kept_count(method, num_frames, tokens_per_frame)
 
-    def mask(video_embeds: Any, video_size_thw: Any, spatial_merge_size: int, q: float) -> Any:
-        return keep_mask(method, video_embeds, int(video_size_thw[0]))
-
-    for name, ours in (("compute_retained_tokens_count", count), ("compute_retention_mask", mask)):
-        if not hasattr(module, name):
-            raise UnsupportedError(
-                f"vLLM's {module.__name__} has no {name}, which DyCoke replaces; install a tested "
-                f"version: {', '.join(TESTED)}"
-            )
-        setattr(module, name, ours)
+    name = "compute_retained_tokens_count"
+    if not hasattr(module, name):
+        raise UnsupportedError(
+            f"vLLM's {module.__name__} has no {name}, which DyCoke replaces; install a tested "
+            f"version: {', '.join(TESTED)}"
+        )
+    setattr(module, name, count)
 
 
 def _tell_the_cpu_runner() -> None:

@@ -1,7 +1,7 @@
 """Qwen3-VL in vLLM, with DyCoke's counts, masks and exact positions.
 
 A frame's time is text before it, so that a video's placeholder has rows of text, too, and the
-features of all its rows come from the model's side. `dycoke.vllm.plugin` has the counts and masks.
+features of all its rows come from the model's side. `dycoke.vllm.plugin` has the counts.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from vllm.model_executor.models import qwen3_vl as stock
 
+from dycoke.vllm.counts import asked, keep_mask
 from dycoke.vllm.places import Media, Placing, columns, tag
 
 
 class DyCokeQwen3VL(Placing, stock.Qwen3VLForConditionalGeneration):
-    """The stock class, whose way for pruned media gets other columns."""
+    """The stock class, whose way for pruned media gets other masks and columns."""
 
     def _postprocess_image_embeds_evs(
         self, image_embeds_split: Sequence[Tensor], image_input: Any
@@ -31,6 +32,27 @@ class DyCokeQwen3VL(Placing, stock.Qwen3VLForConditionalGeneration):
                 torch.arange(1), torch.arange(grid[1] // merge), torch.arange(grid[2] // merge)
             )
             out.append(tag(rows, places))
+        return tuple(out)
+
+    def _postprocess_video_embeds_evs(
+        self, video_embeds_split: Sequence[Tensor], video_input: Any
+    ) -> tuple[Tensor, ...]:
+        method, out = asked(), []
+        grids = video_input["video_grid_thw"].tolist()
+        for rows, grid, times in zip(
+            video_embeds_split, grids, video_input["timestamps"], strict=True
+        ):
+            # Features of deepstack's levels stand behind the encoder's own, which alone are judged.
+            keep = keep_mask(method, rows[:, : self.visual_dim], grid[0])
+            out.append(
+                self._create_final_video_embeddings(
+                    video_embeddings=rows[keep],
+                    num_tokens_per_frame=keep.view(grid[0], -1).sum(1).tolist(),
+                    timestamps=times,
+                    video_grid_thw=grid,
+                    retention_mask=keep,
+                )
+            )
         return tuple(out)
 
     def _get_expanded_positions(self, *args: Any, **kwargs: Any) -> Tensor:
