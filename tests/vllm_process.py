@@ -34,7 +34,10 @@ def main() -> None:
         "dtype": "float32",
         "enforce_eager": True,
         "max_model_len": 4096,
-        "limit_mm_per_prompt": {"video": 2, "image": 0},
+        "limit_mm_per_prompt": {
+            "video": max(len(asked["videos"]) for asked in job["requests"]),
+            "image": 0,
+        },
         "seed": 0,
         **job["engine"],
     }

@@ -255,4 +255,5 @@ def _encoded(inputs: Mapping[str, Any], kind: str) -> Any:
 def _encoded_rows(inputs: Mapping[str, Any], kind: str) -> list[int] | None:
     """Rows per video (image) of `generate`'s pre-encoded features; None where there are none."""
     output = _encoded(inputs, kind)
-    return None if output is None else [len(rows) for rows in output.pooler_output]
+    # Some releases give a video as (F, N, D), others as (R, D).
+    return None if output is None else [rows.shape[:-1].numel() for rows in output.pooler_output]

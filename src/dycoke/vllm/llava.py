@@ -67,7 +67,7 @@ class _Pruning(Placing):
 
     def _process_video_pixels(self, inputs: Any) -> list[Tensor]:
         method, tokens = asked(), self._per_frame()
-        videos = super()._process_video_pixels(inputs)
+        videos = super()._process_video_pixels(inputs)  # type: ignore[misc]
         out = []
         for rows, pixels in zip(videos, inputs["pixel_values_videos"], strict=True):
             rows = rows.reshape(-1, rows.shape[-1])
