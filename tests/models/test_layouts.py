@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import dycoke
 from dycoke import DyCoke, UnsupportedError
 from dycoke.models import Prompt
 from dycoke.models import families as known
+from dycoke.models.locate import _encoded_rows
 
 # Stock models of these take the places of a video's tokens from runs of equal types themselves,
 # and fail on every prompt below, with or without us.
@@ -149,6 +151,13 @@ def encoded(model: Any, family: str, inputs: dict[str, Any]) -> tuple[dict[str, 
     left = {k: v for k, v in inputs.items() if "pixel" not in k}
     with torch.no_grad():
         return left, {kind: encode(**given, return_dict=True)}
+
+
+@pytest.mark.parametrize("shape", [(36, 8), (4, 9, 8)])
+def test_rows_of_encoded_features_are_counted_whatever_their_shape(shape: tuple[int, ...]) -> None:
+    """LLaVA-NeXT-Video gives a video as (F, N, D) in transformers 5.19, as (F * N, D) later."""
+    features = SimpleNamespace(pooler_output=[torch.zeros(shape), torch.zeros(5, 8)])
+    assert _encoded_rows({"mm_encoder_outputs": {"video": features}}, "video") == [36, 5]
 
 
 # Nothing in the features themselves tells where a frame ends, nor does the config.

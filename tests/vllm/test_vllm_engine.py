@@ -77,10 +77,11 @@ def rounds(name: str) -> list[list[int]]:
     return [[0], [0], [0, 1], [1] if name == "llava_next_video" else [2]]
 
 
-def question(name: str) -> str:
+def question(name: str, number: int) -> str:
+    """Long but for nano's second: blocks of the prefix cache, of up to 128 tokens, then hold the
+    whole video, and vLLM keeps its pixels from the model."""
     if name == "llava_onevision":
-        return "What happens?"
-    # So long that blocks of the prefix cache hold the whole video and text behind it.
+        return " ".join(stories.DESCRIBE[:1] * (1 if number == 1 else 40))
     return "what happens " + " ".join(f"w{i}" for i in range(10, 88)) * 2
 
 
@@ -94,8 +95,10 @@ def requests(name: str) -> list[dict[str, Any]]:
         files.append(str(folder() / f"{name}-{number}.npy"))
         np.save(files[-1], frames)
     out = []
-    for videos in [[0], [1], [1, 0]][: 2 if name == "llava_next_video" else 3]:
-        content = [*({"type": "video"} for _ in videos), {"type": "text", "text": question(name)}]
+    some = [[0], [1], [1, 0]][: 2 if name == "llava_next_video" else 3]
+    for number, videos in enumerate(some):
+        text = {"type": "text", "text": question(name, number)}
+        content = [*({"type": "video"} for _ in videos), text]
         prompt = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
@@ -168,7 +171,7 @@ def oracle(name: str, number: int, compressed: bool) -> dict[str, Any]:
         said = answer()
     sample = run.report.samples[0]
     said["prompt_tokens"] -= sample.visual_tokens - sample.kept_tokens
-    return said
+    return said | {"kept": sample.kept_tokens}
 
 
 def send(name: str, settings: dict[str, Any] | None, **engine: Any) -> Any:
@@ -224,19 +227,19 @@ def test_asleep_unless_asked_for(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_answers_are_those_of_transformers(name: str, engine: dict[str, Any]) -> None:
     # Stock vLLM against stock transformers says how near is near.
-    noise = max(
+    noise = [
         distance(said, oracle(name, number, compressed=False))
         for number, said in each(name, plain(name))
-    )
+    ]
     answers = send(name, SETTINGS, **engine)
     for number, said in each(name, answers):
         expected = oracle(name, number, compressed=True)
         assert said["prompt_tokens"] == expected["prompt_tokens"]
         assert said["tokens"] == expected["tokens"]
-        assert distance(said, expected) <= 10 * noise
+        assert distance(said, expected) <= 10 * max(noise)
     # The second time all of the video comes from the prefix cache.
     again = answers[1][0]
-    assert again["cached_tokens"] > again["prompt_tokens"] / 2
+    assert again["cached_tokens"] > oracle(name, 0, compressed=True)["kept"] + 16
     # And what DyCoke left out matters to what is said.
     assert any(
         oracle(name, n, True)["tokens"] != oracle(name, n, False)["tokens"]
@@ -245,7 +248,7 @@ def test_answers_are_those_of_transformers(name: str, engine: dict[str, Any]) ->
 
 
 def test_positions_survive_bfloat16() -> None:
-    """Of 865 positions, bfloat16 holds those to 256: a story told in it is the same."""
+    """Of 865 positions, bfloat16 holds those to 256; a story told in it is the same."""
     answers = send("llava_onevision", SETTINGS, dtype="bfloat16")
     _, processor = stock("llava_onevision")
 
@@ -254,7 +257,7 @@ def test_positions_survive_bfloat16() -> None:
         return text
 
     for number, said in each("llava_onevision", answers):
-        if number < 2:
+        if number == 1:
             expected = oracle("llava_onevision", number, compressed=True)
             assert told(said["tokens"]) == told(expected["tokens"])
 
@@ -374,7 +377,7 @@ def test_over_http(server: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
                             "type": "video_url",
                             "video_url": {"url": f"data:video/mp4;base64,{clip}"},
                         },
-                        {"type": "text", "text": "What happens?"},
+                        {"type": "text", "text": stories.DESCRIBE[0]},
                     ],
                 }
             ],
@@ -382,7 +385,7 @@ def test_over_http(server: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         answer = server(body)
         said.append(answer["choices"][0]["message"]["content"].strip())
         truths.append(stories.describe(story))
-        gone = oracle("llava_onevision", 0, True)["prompt_tokens"]
+        gone = oracle("llava_onevision", 1, True)["prompt_tokens"]
         assert answer["usage"]["prompt_tokens"] == gone
     assert said[2] == said[0] != said[1]
     told = [

@@ -15,6 +15,7 @@ from vllm.model_executor.models import llava_next_video as next_video
 from vllm.model_executor.models import llava_onevision as onevision
 from vllm.model_executor.models.interfaces import SupportsMRoPE, SupportsMultiModalPruning
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import VideoProcessorItems
 
 from dycoke.vllm.counts import asked, keep_mask, kept_count
@@ -22,6 +23,9 @@ from dycoke.vllm.places import Media, Placing, tag
 
 ROPE_FACTOR = 4
 """How many times ``max_position_embeddings`` vLLM's table of rotations for three axes is long."""
+
+FRAMES = "dycoke_frames"
+"""Name of the field that has a video's number of frames."""
 
 
 class _Counting:
@@ -36,7 +40,19 @@ class _Counting:
 
 
 class _Checking:
-    """Refuses a video whose positions, which stay, are beyond the model's table."""
+    """Refuses a video whose positions, which stay, are beyond the model's table, and notes how
+    many frames each has: vLLM drops the pixels of one that its prefix cache holds."""
+
+    def _apply_hf_processor_main(self, *args: Any, **kwargs: Any) -> Any:
+        inputs: Any = super()._apply_hf_processor_main(*args, **kwargs)  # type: ignore[misc]
+        if "pixel_values_videos" in inputs:
+            counts = [len(video) for video in inputs["pixel_values_videos"]]
+            inputs[FRAMES] = torch.tensor(counts)
+        return inputs
+
+    def _get_mm_fields_config(self, hf_inputs: Any, kwargs: Mapping[str, object]) -> Any:
+        known: Any = super()._get_mm_fields_config(hf_inputs, kwargs)  # type: ignore[misc]
+        return {**known, FRAMES: MultiModalFieldConfig.batched("video", keep_on_cpu=True)}
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
@@ -90,7 +106,7 @@ class _Pruning(Placing):
         place = feature.mm_position
         rows = place.length
         if feature.modality == "video":
-            frames, each = len(feature.data["pixel_values_videos"].data), self._per_frame()
+            frames, each = int(feature.data[FRAMES].data), self._per_frame()
             rows += frames * each - kept_count(asked(), frames, each)
         return Media(place.offset, place.length, [0] * rows)
 
