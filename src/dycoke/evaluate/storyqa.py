@@ -199,7 +199,7 @@ class StoryQA:
     def _batches(self, told: Sequence[stories.Story]) -> Iterator[tuple[list[StoryPrompt], Tensor]]:
         """Prompts about the stories, those of one task and one length together: no padding."""
         for task in ANSWER_TOKENS:
-            rows = [row for i, story in enumerate(told) for row in _prompts_about(i, story, task)]
+            rows = [row for i, story in enumerate(told) for row in prompts_about(i, story, task)]
             prompts: dict[int, list[tuple[StoryPrompt, list[int]]]] = {}
             for row, ids in zip(rows, self._ids([row.question for row in rows]), strict=True):
                 prompts.setdefault(len(ids), []).append((row, ids))
@@ -288,7 +288,7 @@ class StoryQA:
         return ids
 
 
-def _prompts_about(place: int, story: stories.Story, task: str) -> list[StoryPrompt]:
+def prompts_about(place: int, story: stories.Story, task: str) -> list[StoryPrompt]:
     if task == "describe":
         return [StoryPrompt(place, task, stories.DESCRIBE[0], stories.describe(story))]
     return [StoryPrompt(place, task, q, truth) for q, truth in stories.questions(story)]

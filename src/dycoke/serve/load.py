@@ -175,14 +175,14 @@ def measure(load: Load, tell: Callable[[str], None] = lambda _: None) -> list[di
             for turn in range(load.repeat):
                 for method in load.methods:
                     tell(f"{at_once} at once, turn {turn + 1} of {load.repeat}: {method}")
-                    turns[method].append(_turn(port, asked[method], at_once, count))
+                    turns[method].append(turn_of(port, asked[method], at_once, count))
             for method, own in turns.items():
                 middle = {key: statistics.median(one[key] for one in own) for key in own[0]}
                 rows.append({"method": method, "concurrency": at_once, "requests": count, **middle})
     return rows
 
 
-def _turn(port: int, asked: Sequence[bytes], at_once: int, count: int) -> dict[str, float]:
+def turn_of(port: int, asked: Sequence[bytes], at_once: int, count: int) -> dict[str, float]:
     began = time.perf_counter()
     with ThreadPoolExecutor(at_once) as pool:
         jobs = [pool.submit(ask, port, asked[i % len(asked)]) for i in range(count)]

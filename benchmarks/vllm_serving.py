@@ -1,0 +1,262 @@
+"""DyCoke inside vLLM: what nano still tells right, and how many requests a server answers.
+
+Runs in the environment that ``make test-vllm`` makes. One JSON line comes last.
+
+    .venv-vllm/bin/python benchmarks/vllm_serving.py accuracy --stories 100
+    .venv-vllm/bin/python benchmarks/vllm_serving.py speed --model nano --frames 96
+    .venv-vllm/bin/python benchmarks/vllm_serving.py speed --model qwen2_5_vl
+
+`accuracy` asks StoryQA's questions of nano under each setting, one engine after another. `speed`
+starts a server per setting and asks all of them in turn, at several concurrencies. vLLM has EVS and
+VidCom2 for the Qwens only, and the tiny Qwen2.5-VL has random weights: its rows compare costs.
+
+Predictions, before the first run. Accuracy: DyCoke's as `dycoke eval` finds it with P = 0 (kept
+positions make both the same), EVS and random behind it. Speed at 24 frames: no gain that the clock
+can tell, since nano's decoder is a small part of a request; at 96 frames time to the first token at
+most 1.3x shorter, as clips are read and encoded in full.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import numpy as np
+import vllm_checkpoints  # type: ignore[import-not-found]
+import vllm_process  # type: ignore[import-not-found]
+
+from dycoke.evaluate.storyqa import ANSWER_TOKENS, TASKS, Scores, accuracy, prompts_about
+from dycoke.nano import stories
+from dycoke.serve.load import CLIPS, Load, ask, bodies, turn_of
+
+RETENTION = 0.4583  # of DyCoke at K = .7 with windows of four frames
+SETTINGS: dict[str, dict[str, Any] | None] = {
+    "full": None,
+    "dycoke K=0.3": {"merge_ratio": 0.3},
+    "dycoke K=0.5": {"merge_ratio": 0.5},
+    "dycoke K=0.7": {"merge_ratio": 0.7},
+    "EVS, as much kept": {"method": "evs", "ratio": 1 - RETENTION},
+    "random, as much kept": {"method": "random", "merge_ratio": 0.7},
+}
+SERVERS: dict[str, dict[str, tuple[dict[str, Any] | None, list[str]]]] = {
+    "nano": {
+        "full": (None, []),
+        "dycoke K=0.7": (SETTINGS["dycoke K=0.7"], []),
+        "EVS (dycoke's), as much kept": (SETTINGS["EVS, as much kept"], []),
+    },
+    "qwen2_5_vl": {
+        "full": (None, []),
+        "dycoke K=0.7": (SETTINGS["dycoke K=0.7"], []),
+        "EVS (vLLM's), as much kept": (None, ["--video-pruning-rate", str(1 - RETENTION)]),
+        "VidCom2 (vLLM's), as much kept": (
+            None,
+            ["--video-pruning-rate", str(1 - RETENTION), "--video-pruning-method", "vidcom2"],
+        ),
+    },
+}
+
+
+def environment(settings: dict[str, Any] | None) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k != "DYCOKE_VLLM"}
+    if settings is not None:
+        kept["DYCOKE_VLLM"] = json.dumps(settings)
+    return {
+        **kept,
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "no_proxy": "127.0.0.1",
+    }
+
+
+def answers(model: Path, settings: dict[str, Any] | None, requests: Sequence[Any]) -> list[Any]:
+    job = {
+        "model": str(model),
+        "engine": {},
+        "requests": requests,
+        "rounds": [[*range(len(requests))]],
+    }
+    done = subprocess.run(
+        [sys.executable, vllm_process.__file__],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        env=environment(settings),
+    )
+    for line in done.stdout.splitlines():
+        if line.startswith(vllm_process.MARK):
+            said: list[Any] = json.loads(line.removeprefix(vllm_process.MARK))[0]
+            return said
+    raise SystemExit(f"the engine ended with {done.returncode}:\n{done.stderr[-3000:]}")
+
+
+def tell_stories(args: argparse.Namespace) -> dict[str, Any]:
+    """StoryQA of nano in vLLM, one engine per setting."""
+    from transformers import AutoProcessor
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = vllm_checkpoints.llava_onevision(folder)
+        processor = AutoProcessor.from_pretrained(model)
+        told = [stories.make("seen", args.seed + i) for i in range(args.stories)]
+        rows, requests = [], []
+        for place, story in enumerate(told):
+            clip = str(folder / f"{place}.npy")
+            np.save(clip, stories.render(story))
+            for task in TASKS:
+                for row in prompts_about(place, story, task):
+                    content = [{"type": "video"}, {"type": "text", "text": row.question}]
+                    prompt = processor.apply_chat_template(
+                        [{"role": "user", "content": content}],
+                        add_generation_prompt=True,
+                        tokenize=False,
+                    )
+                    rows.append(row)
+                    most = ANSWER_TOKENS[task]
+                    requests.append({"prompt": prompt, "videos": [clip], "max_tokens": most})
+        found: dict[str, Scores] = {}
+        table = []
+        for name, settings in SETTINGS.items():
+            scores = found[name] = Scores(ask=[(0, 0)] * len(told), describe=[(0, 0)] * len(told))
+            said = answers(model, settings, requests)
+            for row, one in zip(rows, said, strict=True):
+                scores.count(row, one["text"], told[row.story], (0, 0, 0))
+            full = found["full"] if name != "full" else None
+            line = {
+                "name": name,
+                "settings": settings,
+                "prompt_tokens": statistics.mean(one["prompt_tokens"] for one in said),
+                **{task: accuracy(scores, task, full) for task in TASKS},
+            }
+            table.append(line)
+            print(
+                f"{name:22} prompt {line['prompt_tokens']:7.1f}",
+                *(f"{t} {line[t]['correct'] / line[t]['n']:6.1%}" for t in TASKS),
+                flush=True,
+            )
+    return {"stories": args.stories, "seed": args.seed, "table": table}
+
+
+@contextmanager
+def server(model: Path, settings: dict[str, Any] | None, more: Sequence[str]) -> Iterator[int]:
+    """The port of vLLM's server, ready, which ends with the block."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+    command += ["--model", str(model), "--dtype", "float32", "--max-model-len", "4096"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--no-enable-prefix-caching"]
+    command += ["--mm-processor-cache-gb", "0", "--disable-log-stats"]
+    command += ["--limit-mm-per-prompt", json.dumps({"video": 1, "image": 0}), *more]
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, env=environment(settings), stdout=said, stderr=said)
+        try:
+            while True:
+                if process.poll() is not None:
+                    said.seek(0)
+                    raise SystemExit(f"the server ended:\n{said.read()[-3000:]}")
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
+                    break
+                except (urllib.error.URLError, OSError):
+                    time.sleep(1)
+            yield port
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def prompt_tokens(port: int, body: bytes) -> int:
+    """How long the server says a prompt is."""
+    plain = {**json.loads(body), "stream": False}
+    plain.pop("stream_options")
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json.dumps(plain).encode(),
+        {"content-type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        return int(json.loads(answer.read())["usage"]["prompt_tokens"])
+
+
+def asked_about(frames: int, new_tokens: int) -> list[bytes]:
+    """Requests, each about a story of its own that is as long as asked for."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = []
+        for seed in range(CLIPS):
+            clip = Path(folder) / f"{seed}.mp4"
+            stories.write(stories.make("seen", seed, frames=frames), clip)
+            load = Load(methods=("full",), video=str(clip), frames=frames, new_tokens=new_tokens)
+            body = json.loads(bodies(load)["full"][0])
+            del body["dycoke"]
+            out.append(json.dumps({**body, "ignore_eos": True, "temperature": 0}).encode())
+    return out
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Requests per second and time to the first token, all servers in turn."""
+    asked = asked_about(args.frames, args.new_tokens)
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        make = "llava_onevision" if args.model == "nano" else args.model
+        model = getattr(vllm_checkpoints, make)(Path(scratch))
+        ports: dict[str, int] = {}
+        lines: list[dict[str, Any]] = []
+        for name, (settings, more) in SERVERS[args.model].items():
+            ports[name] = stack.enter_context(server(model, settings, more))
+            ask(ports[name], asked[0])
+            lines.append({"name": name, "prompt_tokens": prompt_tokens(ports[name], asked[0])})
+            print(f"{name:32} prompt {lines[-1]['prompt_tokens']}", flush=True)
+        for at_once in args.concurrency:
+            turns: dict[str, list[dict[str, float]]] = {name: [] for name in ports}
+            for _ in range(args.repeat):
+                for name, port in ports.items():
+                    count = max(args.requests, 2 * at_once)
+                    turns[name].append(turn_of(port, asked, at_once, count))
+            for line in lines:
+                own = turns[line["name"]]
+                middle = {k: statistics.median(turn[k] for turn in own) for k in own[0]}
+                line[f"at_once_{at_once}"] = middle
+                print(
+                    f"{line['name']:32} {at_once:3} at once: {middle['requests_per_s']:.2f} "
+                    f"requests/s, first token {middle['ttft_s']:.2f} s",
+                    flush=True,
+                )
+    settings = {k: getattr(args, k) for k in ("model", "frames", "new_tokens", "repeat")}
+    return {**settings, "table": lines}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    told = commands.add_parser("accuracy")
+    told.add_argument("--stories", type=int, default=100)
+    told.add_argument("--seed", type=int, default=0)
+    timed = commands.add_parser("speed")
+    timed.add_argument("--model", choices=[*SERVERS], default="nano")
+    timed.add_argument("--frames", type=int, default=24)
+    timed.add_argument("--new-tokens", type=int, default=16)
+    timed.add_argument("--requests", type=int, default=16)
+    timed.add_argument("--repeat", type=int, default=3)
+    timed.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
+    args = parser.parse_args()
+    print(json.dumps(tell_stories(args) if args.command == "accuracy" else measure(args)))
+
+
+if __name__ == "__main__":
+    main()
