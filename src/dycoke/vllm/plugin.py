@@ -49,7 +49,7 @@ def install() -> None:
         vllm.ModelRegistry.register_model(architecture, path)
     _wrap(ModelConfig, "_try_verify_and_update_model_config", configure)
     _count_for_qwen3()
-    _tell_the_cpu_runner()
+    tell_the_cpu_runner()
 
 
 def check_version(version: str) -> None:
@@ -123,7 +123,7 @@ def _count_for_qwen3() -> None:
     setattr(module, name, count)
 
 
-def _tell_the_cpu_runner() -> None:
+def tell_the_cpu_runner() -> None:
     """vLLM's runner on a CPU loads a model without asking whether videos are pruned."""
     try:
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
