@@ -88,6 +88,8 @@ def test_all_that_is_understood() -> None:
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_would_change_the_answer_is_refused_by_name(name: str) -> None:
+    """And what clients send of it where it would change nothing is not."""
+    assert parse(**{name: None}) == parse(**{name: False}) == parse()
     given: dict[str, Any] = {name: [1]}
     error = refused(**given)
     assert error.param == name and name in str(error)
@@ -108,6 +110,7 @@ def test_what_would_change_the_answer_is_refused_by_name(name: str) -> None:
         ({"messages": [*HELLO, {"role": "assistant", "content": "x"}]}, 400, "messages"),
         ({"messages": [{"role": "user", "content": "x" * (MOST_TEXT + 1)}]}, 413, "messages"),
         ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"max_completion_tokens": 0, "max_tokens": 5}, 400, "max_completion_tokens"),
         ({"max_tokens": 2.5}, 400, "max_tokens"),
         ({"max_tokens": True}, 400, "max_tokens"),
         ({"temperature": -1}, 400, "temperature"),

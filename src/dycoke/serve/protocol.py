@@ -26,7 +26,22 @@ REFUSED = {
     "functions": "not supported",
     "mm_processor_kwargs": "the processor's settings belong to the model's folder",
     "chat_template_kwargs": "the chat template takes no settings here",
+    "allowed_token_ids": "not supported",
+    "audio": "answers are text",
+    "bad_words": "not supported",
+    "chat_template": "the chat template belongs to the model's folder",
+    "guided_choice": "not supported",
+    "guided_grammar": "not supported",
     "guided_json": "not supported",
+    "guided_regex": "not supported",
+    "ignore_eos": "an answer ends where the model ends it",
+    "include_stop_str_in_output": "an answer ends before what stops it",
+    "min_tokens": "an answer ends where the model ends it",
+    "prompt_logprobs": "log probabilities are not computed here",
+    "stop_token_ids": "use stop, with texts",
+    "structured_outputs": "not supported",
+    "truncate_prompt_tokens": "ask for fewer frames or with less text",
+    "use_beam_search": "answers are greedy or sampled",
 }
 
 
@@ -131,7 +146,7 @@ def parse_chat(body: Any, models: Sequence[str]) -> ChatRequest:
         raise ApiError(400, "response_format: only text is supported", "response_format")
     turns, media = _conversation(body.get("messages"))
     frames, fps = _frames(body.get("media_io_kwargs"))
-    limit = "max_completion_tokens" if body.get("max_completion_tokens") else "max_tokens"
+    limit = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
     max_tokens = _number(body, limit, None, 1, None, whole=True)
     compress = body.get("dycoke")
     if compress is not None and not isinstance(compress, dict):
