@@ -138,6 +138,11 @@ def test_what_is_wrong_is_named(more: dict[str, Any], status: int, param: str | 
     assert refused(status, **more).param == param
 
 
+def test_bounds_are_said_where_there_are_any() -> None:
+    assert str(refused(seed="x")) == "seed must be a whole number, got 'x'"
+    assert str(refused(top_p=2)) == "top_p must be a number above 0 and at most 1, got 2"
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"a": NaN}', b"[" * 100_000,
                                   b'["\\ud800"]', b'{"\\uDFFF": 1}', b'["\xed\xa0\x80"]',
                                   '["é"]'.encode("utf-16")])  # fmt: skip
@@ -183,8 +188,9 @@ def test_what_an_error_quotes_can_be_sent() -> None:
     assert ApiError(400, "\ud800").body["error"]["message"] == "\\ud800"
 
 
-def test_errors_of_the_library() -> None:
+def test_errors_of_the_library(caplog: pytest.LogCaptureFixture) -> None:
     assert as_api_error(ValueError("bad")).status == 400
     assert as_api_error(RuntimeError("CUDA out of memory")).status == 503
     fault = as_api_error(KeyError("/home/somebody"))
     assert fault.status == 500 and "somebody" not in str(fault)
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [KeyError]

@@ -85,6 +85,7 @@ def serve(
         settings = Settings(
             name=name or (Path(model).name if model else "nano"),
             compressor=compressor,
+            method=None if compressor is None else method,
             keys=tuple(api_key or ()),
             policy=Policy(
                 folder=allowed_local_media_path,

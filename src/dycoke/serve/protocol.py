@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from dycoke.errors import UnsupportedError
 
+LOG = logging.getLogger("dycoke.serve")
 HALVES = re.compile(r"\\u[dD][89a-fA-F]")
 MOST_SAID = 1000  # characters of an error's message
 LEAST_HEAT = 0.01  # of sampling, as in vLLM: less of it overflows
@@ -317,18 +319,20 @@ def _number(
         what = "a whole number" if whole else "a number"
         bounds = [f"above {low:g}" if above else f"of at least {low:g}"] if low is not None else []
         bounds += [f"at most {high:g}"] if high is not None else []
-        raise ApiError(400, f"{name} must be {what} {' and '.join(bounds)}, got {value!r}", name)
+        what = " ".join([what, " and ".join(bounds)]).strip()
+        raise ApiError(400, f"{name} must be {what}, got {value!r}", name)
     return value  # type: ignore[no-any-return]
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of an error in the library."""
+    """What a client is told of an error in the library; the server's own faults are logged."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UnsupportedError | ValueError | TypeError):
         return ApiError(400, str(error))
     if "out of memory" in str(error).lower():
         return ApiError(503, "the server ran out of memory; ask for fewer frames", code="memory")
+    LOG.error("a request failed", exc_info=error)
     return ApiError(500, f"{type(error).__name__} in the server")
 
 

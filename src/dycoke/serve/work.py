@@ -55,6 +55,7 @@ class Job:
     before : seconds of fetching and decoding, and of the processor.
     seen : the job's video, where it is kept since another question; it then goes alone.
     video_key : of the video among those that are kept; None where it is not looked for there.
+    visual : the prompt's visual tokens, where it goes to the full model, which has no report.
     """
 
     turns: Turns
@@ -70,6 +71,7 @@ class Job:
     before: tuple[float, float] = (0.0, 0.0)
     seen: Seen | None = None
     video_key: Key | None = None
+    visual: int = 0
 
     @property
     def key(self) -> tuple[Any, ...]:
