@@ -267,7 +267,8 @@ def test_what_the_page_is_told(served: Served) -> None:
     for seed in config["stories"]:
         status, headers, data = call(served, f"/viewer/stories/{seed}.jpg")
         assert (status, headers["content-type"], data[:2]) == (200, "image/jpeg", b"\xff\xd8")
-    assert call(served, "/viewer/stories/2.jpg")[0] == 404
+    for other in ("2", "03", "x", "9" * 5000):
+        assert call(served, f"/viewer/stories/{other}.jpg")[0] == 404
 
 
 def test_several_clips_are_one_prompt(served: Served, story: Path, tmp_path: Path) -> None:

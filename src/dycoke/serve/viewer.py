@@ -107,7 +107,7 @@ class Viewer:
         return [
             *files,
             Route("/viewer/config", self._config),
-            Route("/viewer/stories/{seed:int}.jpg", self._picture),
+            Route("/viewer/stories/{seed}.jpg", self._picture),
             Route("/viewer/ask", self._ask, methods=["POST"]),
         ]
 
@@ -130,9 +130,10 @@ class Viewer:
         )
 
     async def _picture(self, request: Request) -> Response:
-        seed = int(request.path_params["seed"])
-        if seed not in SHOWN:
-            return _refusal(ApiError(404, f"there is no story {seed} here"))
+        told = request.path_params["seed"]
+        seed = next((seed for seed in SHOWN if str(seed) == told), None)
+        if seed is None:
+            return _refusal(ApiError(404, f"there is no story {told[:40]} here"))
         picture = await asyncio.to_thread(story_picture, seed)
         return Response(picture, media_type="image/jpeg", headers=HEADERS)
 
