@@ -42,6 +42,7 @@ def serve(
     ] = None,
     frames: options.FrameCount = 32,
     max_frames: Annotated[int, typer.Option(min=1, help="Most frames of one video.")] = 512,
+    max_pixels: options.MaxPixels = options.MAX_PIXELS,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Length limit of an answer that asks for none.")
     ] = 256,
@@ -95,6 +96,7 @@ def serve(
             ),
             frames=frames,
             max_frames=max(frames, max_frames),
+            max_pixels=max_pixels,
             max_tokens=(max_new_tokens, max(max_new_tokens, 4096)),
             max_batch=max_batch,
             max_waiting=max_waiting,
