@@ -504,6 +504,9 @@ class Seen:
                 return None
         after = text[text.rindex(mark) + len(mark) :]
         tokens: list[int] = processor.tokenizer(after, add_special_tokens=False)["input_ids"]
+        # Words of the user's that stand for an image, which the processor refuses.
+        if getattr(self._assistant.model.config, "image_token_id", None) in tokens:
+            return None
         return tokens
 
     def ask(

@@ -162,6 +162,14 @@ def test_a_video_is_processed_once(
     assert len(set(texts)) == 3
 
 
+def test_words_that_stand_for_a_picture_are_refused_of_kept_videos_too(ask: Any) -> None:
+    ask(315, max_tokens=1)
+    for question in ("What is <image>?", "What is <video>?"):
+        with pytest.raises(openai.BadRequestError, match="processor does not take"):
+            ask(315, question=question, max_tokens=1)
+    assert ask(315, max_tokens=1).usage.prompt_tokens_details.cached_tokens > 800
+
+
 class Counting:
     """A video processor, and how often it was called."""
 

@@ -77,6 +77,8 @@ def serve(
 
     if allowed_local_media_path is not None and not allowed_local_media_path.is_dir():
         raise BadInput(f"--allowed-local-media-path {allowed_local_media_path}: no such folder")
+    if api_key and not all(key.strip() for key in api_key):
+        raise BadInput("--api-key is empty; give a key, or leave the option out for none")
     if viewer and api_key:
         raise BadInput("--viewer and --api-key: the page sends no key; run one server for each")
     compressor = options.method_of(method, retention, {})
