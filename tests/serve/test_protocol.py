@@ -80,6 +80,7 @@ def test_all_that_is_understood() -> None:
     }  # fmt: skip
     assert parse(max_tokens=3, max_completion_tokens=5).max_tokens == 5
     assert parse(temperature=0, top_k=3).sampling == {}
+    assert parse(repetition_penalty=1).sampling == {"repetition_penalty": 1.0}
     made = parse(temperature=1e-300, repetition_penalty=2, top_p=1).sampling
     assert made["temperature"] == 0.01  # floats, which transformers insists on
     assert {type(value) for name, value in made.items() if "_p" in name} == {float}

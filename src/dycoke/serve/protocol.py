@@ -252,7 +252,7 @@ def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of generate; what changes greedy search, too, is always among them."""
     made: dict[str, Any] = {}
     penalty = _number(body, "repetition_penalty", None, 0.01, 100)
-    if penalty is not None and penalty != 1:
+    if penalty is not None:  # 1 is none, where the model's folder has another
         made["repetition_penalty"] = float(penalty)
     temperature = _number(body, "temperature", 0, 0, 100)
     top_p = _number(body, "top_p", 1, 0, 1, above=True)

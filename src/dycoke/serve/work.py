@@ -195,14 +195,22 @@ class Worker:
             first = self._waiting.popleft()
             if not isinstance(first, Job):
                 return first
-            batch, key = [first], first.key
+            batch, key = [first], self._alike(first)
             for job in list(self._waiting):
                 if len(batch) == self.max_batch:
                     break
-                if isinstance(job, Job) and job.key == key:
+                if isinstance(job, Job) and self._alike(job) == key:
                     self._waiting.remove(job)
                     batch.append(job)
             return batch
+
+    def _alike(self, job: Job) -> tuple[Any, ...]:
+        """What is equal for jobs that can be one batch, with this model."""
+        usual = getattr(self.assistant.model.generation_config, "repetition_penalty", None)
+        penalty = job.generate.get("repetition_penalty", usual)
+        # It counts what fills up shorter prompts as words of theirs.
+        length = None if penalty in (None, 1) else job.inputs["input_ids"].shape[1]
+        return *job.key, length
 
     def _answer(self, batch: list[Job]) -> None:
         """Answer a batch; where it fails before a word was said, each of its jobs alone."""
