@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -28,6 +29,11 @@ from dycoke.serve.protocol import parse_chat
 openai = pytest.importorskip("openai")
 
 TELL = stories.DESCRIBE[0]
+# 35 bytes that ask for a picture of 200 MB.
+BOMB = (
+    b"GIF89a\x00\x20\x01\x20\x80\0\0\0\0\0\xff\xff\xff"
+    b",\0\0\0\0\x00\x20\x01\x20\0\x02\x02\x4c\x01\0;"
+)
 
 
 @pytest.fixture
@@ -244,6 +250,7 @@ def test_files(ask: Any, folder: Path, clip: Callable[[int], Path]) -> None:
         ({"media_io_kwargs": {"video": {"fps": 1.7e308}}}, 400, "65 frames are more than"),
         ({"messages": ask_about("data:video/mp4;base64,", "x")}, 422, "video:"),
         ({"messages": ask_about("data:video/mp4;base64,AAAA", "x")}, 422, "video:"),
+        ({"messages": ask_about("data:," + quote(BOMB), "x")}, 422, "of 8192 x 8193 pixels, more"),
         ({"messages": ask_about("data:text/plain,#EXTM3U%0A/etc/passwd", "x")}, 422, "video:"),
         ({"messages": ask_about("file:///etc/passwd", "x")}, 400, "not below the allowed"),
         ({"messages": ask_about("http://127.0.0.1/x", "x")}, 400, "no allowed domain"),
