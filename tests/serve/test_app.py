@@ -176,8 +176,7 @@ def test_words_that_stand_for_a_picture_are_to_kept_videos_what_they_are_to_othe
     def refused(story: int, question: str) -> bool:
         try:
             ask(story, question=question, max_tokens=1)
-        except openai.BadRequestError as error:
-            assert "processor does not take" in str(error)
+        except openai.BadRequestError:
             return True
         return False
 
