@@ -9,6 +9,11 @@ from typing import Any
 
 import pytest
 from covering import COLLECTED, design
+from hypothesis import HealthCheck, settings
+
+# No test times anything: on a busy machine an example may be slow to make, and to run.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from dycoke.core.positions import PositionOffset, offset_after
 from dycoke.core.records import held_bytes
 from dycoke.core.steps import OnStep, Trace
 from dycoke.errors import UnsupportedError
-from dycoke.models.locate import frame_source_of, processor_options
+from dycoke.models.locate import frame_source_of, processor_options, visual_tokens
 from dycoke.precision import choose_format
 from dycoke.report import Report
 from dycoke.timing import Stopwatch, Timings
@@ -328,6 +328,7 @@ class Seen:
     Attributes
     ----------
     report : what was compressed at prefill; None without a compressor.
+    visual_tokens : tokens of the video's frames, before compression.
     timings : where the time of watching went.
     """
 
@@ -386,6 +387,10 @@ class Seen:
         if not isinstance(self._cache, DycokeCache):
             self._offset = offset_after(given.get("position_ids"), None, given["inputs_embeds"])
         self.report: Report | None = None if run is None else run.report
+        if self.report is None:
+            self.visual_tokens = visual_tokens(model.config, inputs, frame_source)
+        else:
+            self.visual_tokens = sum(sample.visual_tokens for sample in self.report.samples)
         self.timings: Timings = stopwatch.timings
         self.timings.add_video(decoded - began, processed - decoded)
 
@@ -499,6 +504,9 @@ class Seen:
                 return None
         after = text[text.rindex(mark) + len(mark) :]
         tokens: list[int] = processor.tokenizer(after, add_special_tokens=False)["input_ids"]
+        # Words of the user's that stand for an image, which the processor refuses.
+        if getattr(self._assistant.model.config, "image_token_id", None) in tokens:
+            return None
         return tokens
 
     def ask(

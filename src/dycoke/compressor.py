@@ -109,7 +109,8 @@ class Compressor(Method):
         name = type(self).__name__
         if self.echo_exact and not self.echo:
             raise ValueError(
-                f"echo_exact={self.echo_exact} computes what echo=0 leaves out; set echo, too"
+                f"echo_exact={self.echo_exact} computes what echo=0 leaves out; set echo above 0, "
+                "or echo_exact=0"
             )
         if self.echo and type(self).merge_tokens is Method.merge_tokens:
             raise ValueError(

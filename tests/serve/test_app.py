@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -21,11 +22,18 @@ from dycoke import DyCoke
 from dycoke.assistant import Assistant
 from dycoke.methods import create
 from dycoke.nano import stories
+from dycoke.serve import app
 from dycoke.serve.app import Server, Settings
+from dycoke.serve.protocol import parse_chat
 
 openai = pytest.importorskip("openai")
 
 TELL = stories.DESCRIBE[0]
+# 35 bytes that ask for a picture of 200 MB.
+BOMB = (
+    b"GIF89a\x00\x20\x01\x20\x80\0\0\0\0\0\xff\xff\xff"
+    b",\0\0\0\0\x00\x20\x01\x20\0\x02\x02\x4c\x01\0;"
+)
 
 
 @pytest.fixture
@@ -63,11 +71,28 @@ def test_an_answer_is_that_of_dycoke_run(
         assert (choice.finish_reason, got.model) == ("stop", "nano")
         assert got.usage.completion_tokens == len(expected.tokens)
         assert got.usage.prompt_tokens == 877
-        if method is not None:
+        details = got.usage.prompt_tokens_details
+        assert details.video_tokens == 864
+        if method is None:
+            assert details.video_tokens_kept == 864
+        else:
             assert got.dycoke["samples"] == expected.report.to_dict()["samples"]
-            details = got.usage.prompt_tokens_details
-            assert details.video_tokens == 864
             assert details.video_tokens_kept == got.dycoke["samples"][0]["kept_tokens"] < 864
+
+
+def test_visual_tokens_are_counted_for_the_full_model_too(
+    clip: Callable[[int], Path], ask: Any
+) -> None:
+    """A first question, one about a kept video, and one about two."""
+    parts = [
+        part for seed in (301, 302) for part in ask_about(data_url(clip(seed)), "x")[0]["content"]
+    ]
+    counted = []
+    for more in ({}, {}, {"messages": [{"role": "user", "content": parts}]}):
+        got = ask(314, max_tokens=2, extra_body={"dycoke": {"off": True}}, **more)
+        details = got.usage.prompt_tokens_details
+        counted.append((details.video_tokens, details.video_tokens_kept, details.cached_tokens > 0))
+    assert counted == [(864, 864, False), (864, 864, True), (1728, 1728, False)]
 
 
 def test_a_stream_says_the_same(nano: Assistant, clip: Callable[[int], Path], ask: Any) -> None:
@@ -141,6 +166,25 @@ def test_a_video_is_processed_once(
         alone = nano.ask(clip(313), question, create("dycoke"), frames=FRAMES, max_new_tokens=256)
         assert text == alone.text
     assert len(set(texts)) == 3
+
+
+def test_words_that_stand_for_a_picture_are_to_kept_videos_what_they_are_to_others(
+    ask: Any,
+) -> None:
+    """Refused, where the processor refuses them; the oldest supported one takes an image's."""
+
+    def refused(story: int, question: str) -> bool:
+        try:
+            ask(story, question=question, max_tokens=1)
+        except openai.BadRequestError:
+            return True
+        return False
+
+    ask(315, max_tokens=1)
+    for story, question in ((316, "What is <image>?"), (317, "What is <video>?")):
+        assert refused(315, question) == refused(story, question)
+    assert refused(315, "What is <video>?")
+    assert ask(315, max_tokens=1).usage.prompt_tokens_details.cached_tokens > 800
 
 
 class Counting:
@@ -217,6 +261,7 @@ def test_files(ask: Any, folder: Path, clip: Callable[[int], Path]) -> None:
         ({"media_io_kwargs": {"video": {"fps": 1.7e308}}}, 400, "65 frames are more than"),
         ({"messages": ask_about("data:video/mp4;base64,", "x")}, 422, "video:"),
         ({"messages": ask_about("data:video/mp4;base64,AAAA", "x")}, 422, "video:"),
+        ({"messages": ask_about("data:," + quote(BOMB), "x")}, 422, "of 8192 x 8193 pixels, more"),
         ({"messages": ask_about("data:text/plain,#EXTM3U%0A/etc/passwd", "x")}, 422, "video:"),
         ({"messages": ask_about("file:///etc/passwd", "x")}, 400, "not below the allowed"),
         ({"messages": ask_about("http://127.0.0.1/x", "x")}, 400, "no allowed domain"),
@@ -247,6 +292,19 @@ def test_bodies_that_are_none(address: str) -> None:
     assert httpx.get(url).status_code == 405
     missing = httpx.get(f"{address}/v2")
     assert missing.status_code == 404 and "/v1/models" in missing.json()["error"]["message"]
+
+
+def test_a_fault_outside_of_requests_has_the_form_of_all_errors(
+    address: str, monkeypatch: Any
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("/home/somebody")
+
+    monkeypatch.setattr(app, "parse_chat", fail)
+    got = httpx.post(f"{address}/v1/chat/completions", json={})
+    assert got.status_code == 500
+    error = got.json()["error"]
+    assert (error["message"], error["type"]) == ("KeyError in the server", "server_error")
 
 
 def test_small_routes(address: str, client: Any, ask: Any) -> None:
@@ -280,12 +338,13 @@ def test_extremes_are_answered_or_refused(ask: Any) -> None:
     assert bare.usage.prompt_tokens < 20
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(nano: Assistant) -> None:
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/viewer/ask?question=a"])
+def test_a_body_that_does_not_come_is_not_waited_for(nano: Assistant, path: str) -> None:
     head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
         "content-length: 100000\r\n\r\n{"
     )
-    with listening(Server(nano, Settings(patience=0.3))) as address:
+    with listening(Server(nano, Settings(patience=0.3, viewer=True))) as address:
         place = "127.0.0.1", int(address.rsplit(":", 1)[1])
         gone = [socket.create_connection(place, timeout=30) for _ in range(20)]
         for one in gone:
@@ -323,6 +382,18 @@ def test_who_leaves_a_batch_takes_nobody_with_it(
     told = [answer.result() for answer in answers]
     assert told == [None if place % 3 == 0 else right[301 + place % 2] for place in range(8)]
     assert sum(list(server.worker.batches)[before:]) == 8
+
+
+def test_a_retention_alone_is_that_of_the_servers_own_method(nano: Assistant) -> None:
+    server = Server(nano, Settings(compressor=create("dycoke+"), method="dycoke+"))
+    for given, name in (({}, "dycoke+"), ({"method": "dycoke"}, "dycoke")):
+        body = {
+            "messages": [{"role": "user", "content": "x"}],
+            "dycoke": {"retention": 0.3, **given},
+        }
+        asked = parse_chat(body, ["nano"])
+        assert server._compressor(asked) == create(name, retention=0.3)
+    server.stop()
 
 
 def test_keys(nano: Assistant) -> None:

@@ -53,6 +53,7 @@ def test_a_process_that_is_told_to_stop_answers_first(tmp_path: Path) -> None:
         ({"method": "nothing"}, "unknown method 'nothing'"),
         ({"allowed_local_media_path": Path("/no/such")}, "no such folder"),
         ({"viewer": True, "api_key": ["k"]}, "the page sends no key"),
+        ({"api_key": ["k", ""]}, "--api-key is empty"),
     ],
 )
 def test_bad_options(options: dict[str, Any], says: str) -> None:

@@ -234,7 +234,8 @@ def test_other_domains_ports_and_users_are_refused(site: str, names: list[str]) 
     [
         "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",
         "0.0.0.0", "::1", "fe80::1%eth0", "fd00::1", "::ffff:127.0.0.1", "2002:7f00:1::",
-        "64:ff9b::7f00:1", "224.0.0.1", "255.255.255.255",
+        "64:ff9b::7f00:1", "224.0.0.1", "255.255.255.255", "::127.0.0.1", "64:ff9b:1::a00:1",
+        "::ffff:0:10.0.0.1", "fec0::1",
     ],
 )  # fmt: skip
 def test_names_that_lead_inside_are_refused(address: str, monkeypatch: Any) -> None:
@@ -245,6 +246,7 @@ def test_names_that_lead_inside_are_refused(address: str, monkeypatch: Any) -> N
     error = refused("http://clips.example/x", Policy(domains=frozenset({"clips.example"})))
     assert "not public" in str(error)
     assert not media._public(address) and media._public("93.184.215.14")
+    assert media._public("2606:2800:21f::1") and media._public("64:ff9b::5db8:d70e")
 
 
 # -- images

@@ -80,6 +80,7 @@ def test_all_that_is_understood() -> None:
     }  # fmt: skip
     assert parse(max_tokens=3, max_completion_tokens=5).max_tokens == 5
     assert parse(temperature=0, top_k=3).sampling == {}
+    assert parse(repetition_penalty=1).sampling == {"repetition_penalty": 1.0}
     made = parse(temperature=1e-300, repetition_penalty=2, top_p=1).sampling
     assert made["temperature"] == 0.01  # floats, which transformers insists on
     assert {type(value) for name, value in made.items() if "_p" in name} == {float}
@@ -88,6 +89,8 @@ def test_all_that_is_understood() -> None:
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_would_change_the_answer_is_refused_by_name(name: str) -> None:
+    """And what clients send of it where it would change nothing is not."""
+    assert parse(**{name: None}) == parse(**{name: False}) == parse()
     given: dict[str, Any] = {name: [1]}
     error = refused(**given)
     assert error.param == name and name in str(error)
@@ -108,6 +111,7 @@ def test_what_would_change_the_answer_is_refused_by_name(name: str) -> None:
         ({"messages": [*HELLO, {"role": "assistant", "content": "x"}]}, 400, "messages"),
         ({"messages": [{"role": "user", "content": "x" * (MOST_TEXT + 1)}]}, 413, "messages"),
         ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"max_completion_tokens": 0, "max_tokens": 5}, 400, "max_completion_tokens"),
         ({"max_tokens": 2.5}, 400, "max_tokens"),
         ({"max_tokens": True}, 400, "max_tokens"),
         ({"temperature": -1}, 400, "temperature"),
@@ -133,6 +137,11 @@ def test_what_would_change_the_answer_is_refused_by_name(name: str) -> None:
 )
 def test_what_is_wrong_is_named(more: dict[str, Any], status: int, param: str | None) -> None:
     assert refused(status, **more).param == param
+
+
+def test_bounds_are_said_where_there_are_any() -> None:
+    assert str(refused(seed="x")) == "seed must be a whole number, got 'x'"
+    assert str(refused(top_p=2)) == "top_p must be a number above 0 and at most 1, got 2"
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"a": NaN}', b"[" * 100_000,
@@ -180,8 +189,9 @@ def test_what_an_error_quotes_can_be_sent() -> None:
     assert ApiError(400, "\ud800").body["error"]["message"] == "\\ud800"
 
 
-def test_errors_of_the_library() -> None:
+def test_errors_of_the_library(caplog: pytest.LogCaptureFixture) -> None:
     assert as_api_error(ValueError("bad")).status == 400
     assert as_api_error(RuntimeError("CUDA out of memory")).status == 503
     fault = as_api_error(KeyError("/home/somebody"))
     assert fault.status == 500 and "somebody" not in str(fault)
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [KeyError]

@@ -267,7 +267,8 @@ def test_what_the_page_is_told(served: Served) -> None:
     for seed in config["stories"]:
         status, headers, data = call(served, f"/viewer/stories/{seed}.jpg")
         assert (status, headers["content-type"], data[:2]) == (200, "image/jpeg", b"\xff\xd8")
-    assert call(served, "/viewer/stories/2.jpg")[0] == 404
+    for other in ("2", "03", "x", "9" * 5000):
+        assert call(served, f"/viewer/stories/{other}.jpg")[0] == 404
 
 
 def test_several_clips_are_one_prompt(served: Served, story: Path, tmp_path: Path) -> None:
@@ -333,3 +334,21 @@ def test_view_opens_the_page(monkeypatch: Any, served: Served) -> None:
     (url,) = opened
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", url) and f"watch it at {url}" in result.output
     assert len(ran) == 1 and nano.is_trained()
+
+
+def test_view_answers_as_serve_does_with_the_page(monkeypatch: Any, served: Served) -> None:
+    from dycoke.cli.main import app
+
+    made: list[Any] = []
+    assistant = served.viewer.assistant
+    for name in ("serve", "view"):
+        monkeypatch.setattr(f"dycoke.cli.{name}.load_assistant", lambda *a, **k: assistant)
+        monkeypatch.setattr(f"dycoke.cli.{name}.run", lambda make, *a, **k: made.append(make()))
+    for arguments in (["serve", "--viewer"], ["view"]):
+        assert CliRunner().invoke(app, arguments).exception is None
+    one, other = (server.settings for server in made)
+    for name in ("name", "compressor", "method", "viewer", "frames", "max_pixels", "max_tokens"):
+        assert getattr(one, name) == getattr(other, name), name
+    assert one.compressor == create("dycoke+")
+    for server in made:
+        server.stop()

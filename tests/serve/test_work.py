@@ -122,6 +122,26 @@ def test_equal_settings_go_together_and_answers_are_their_own(
     assert len(set(texts)) == 6
 
 
+@pytest.mark.parametrize("whose", ["request", "model"])
+def test_what_counts_words_meets_no_padding(
+    nano: Assistant, clip: Callable[[int], Path], whose: str, monkeypatch: Any
+) -> None:
+    """A repetition penalty takes what fills up a shorter prompt for words of its own."""
+    given = {"repetition_penalty": 1.3} if whose == "request" else {}
+    if whose == "model":
+        monkeypatch.setattr(nano.model.generation_config, "repetition_penalty", 1.3)
+    worker = Held(nano, max_batch=3)
+    boxes = []
+    for asked in (TELL, "How many events are there?", TELL):
+        one, box = job(nano, read(clip(301), FRAMES), asked, generate=given)
+        worker.submit(one)
+        boxes.append(box)
+    worker.go.set()
+    texts = [box.text for box in boxes]
+    worker.stop()
+    assert list(worker.batches) == [2, 1] and texts[0] == texts[2]
+
+
 def test_a_video_is_watched_once(nano: Assistant, clip: Callable[[int], Path], start: Any) -> None:
     worker = start(cache_bytes=1 << 30)
     counted: list[int] = []

@@ -42,6 +42,7 @@ def serve(
     ] = None,
     frames: options.FrameCount = 32,
     max_frames: Annotated[int, typer.Option(min=1, help="Most frames of one video.")] = 512,
+    max_pixels: options.MaxPixels = options.MAX_PIXELS,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Length limit of an answer that asks for none.")
     ] = 256,
@@ -76,6 +77,8 @@ def serve(
 
     if allowed_local_media_path is not None and not allowed_local_media_path.is_dir():
         raise BadInput(f"--allowed-local-media-path {allowed_local_media_path}: no such folder")
+    if api_key and not all(key.strip() for key in api_key):
+        raise BadInput("--api-key is empty; give a key, or leave the option out for none")
     if viewer and api_key:
         raise BadInput("--viewer and --api-key: the page sends no key; run one server for each")
     compressor = options.method_of(method, retention, {})
@@ -85,6 +88,7 @@ def serve(
         settings = Settings(
             name=name or (Path(model).name if model else "nano"),
             compressor=compressor,
+            method=None if compressor is None else method,
             keys=tuple(api_key or ()),
             policy=Policy(
                 folder=allowed_local_media_path,
@@ -94,6 +98,7 @@ def serve(
             ),
             frames=frames,
             max_frames=max(frames, max_frames),
+            max_pixels=max_pixels,
             max_tokens=(max_new_tokens, max(max_new_tokens, 4096)),
             max_batch=max_batch,
             max_waiting=max_waiting,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +13,8 @@ from dycoke.cli.session import load_assistant
 
 if TYPE_CHECKING:
     from dycoke.serve.app import Server
+
+METHOD = "dycoke+"  # as `dycoke serve` has it
 
 
 def view(
@@ -30,7 +33,12 @@ def view(
     def make() -> Server:
         from dycoke.serve.app import Server, Settings
 
-        assistant = load_assistant(model, device, dtype, own_world=True)
-        return Server(assistant, Settings(name=model or "nano", viewer=True))
+        settings = Settings(
+            name=Path(model).name if model else "nano",
+            compressor=options.method_of(METHOD, None, {}),
+            method=METHOD,
+            viewer=True,
+        )
+        return Server(load_assistant(model, device, dtype, own_world=True), settings)
 
     run(make, host, port, opened=browser)

@@ -146,6 +146,18 @@ class Finder:
         return spans
 
 
+def visual_tokens(config: Any, inputs: Mapping[str, Any], frame_source: FrameSource | None) -> int:
+    """How many tokens of a prompt are its videos' frames, by what the processor made of it.
+
+    For the full model, which has no report. 0 where they are not found, which it does not mind.
+    """
+    try:
+        spans = Finder(config, None, frame_source).find(config, inputs)
+    except UnsupportedError:
+        return 0
+    return sum(span.positions.numel() for span in spans)
+
+
 def frame_source_of(config: Any) -> str | None:
     """What a family's processor makes of a video; None for a family that is not known."""
     family = families().get(str(getattr(config, "model_type", None)))

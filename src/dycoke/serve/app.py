@@ -8,7 +8,7 @@ import hmac
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -17,14 +17,15 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from starlette.requests import ClientDisconnect
 
 from dycoke import __version__
-from dycoke.assistant import Answer, Assistant
+from dycoke.assistant import Answer, Assistant, Seen
 from dycoke.batching import Row
 from dycoke.compressor import Compressor
 from dycoke.methods import choose
+from dycoke.models.locate import visual_tokens
 from dycoke.serve import media
+from dycoke.serve.bodies import read_body
 from dycoke.serve.media import Policy
 from dycoke.serve.metrics import Metrics
 from dycoke.serve.protocol import (
@@ -39,7 +40,7 @@ from dycoke.serve.protocol import (
 )
 from dycoke.serve.steps import WATCHED_FULL, Event, Steps
 from dycoke.serve.viewer import Viewer
-from dycoke.serve.work import Emit, Job, Watcher, Worker, full
+from dycoke.serve.work import Emit, Job, Watcher, Worker, full, source_of
 from dycoke.video import Video, read
 
 
@@ -51,6 +52,7 @@ class Settings:
     ----------
     name : what the model is called.
     compressor : for requests that do not say; None for the full model.
+    method : its name, for requests that say a retention alone; None for DyCoke's.
     keys : API keys; none for no check.
     policy : what may be read.
     frames : frames that are sampled where a request does not say.
@@ -67,6 +69,7 @@ class Settings:
 
     name: str = "nano"
     compressor: Compressor | None = None
+    method: str | None = None
     keys: tuple[str, ...] = ()
     policy: Policy = field(default_factory=Policy)
     frames: int = 32
@@ -111,10 +114,12 @@ class Server:
         self.app.get("/v1/models")(self._models)
         self.app.post("/v1/chat/completions")(self._chat)
         if settings.viewer:
-            viewer = Viewer(assistant, settings.name, self.worker.submit, settings.policy.max_bytes)
+            submit, most = self.worker.submit, settings.policy.max_bytes
+            viewer = Viewer(assistant, settings.name, submit, most, settings.patience)
             self.app.router.routes.extend(viewer.routes())
         for status in (404, 405):
             self.app.exception_handler(status)(_no_route)
+        self.app.exception_handler(Exception)(_fault)
 
     def stop(self) -> None:
         """Finish what waits, and end the threads."""
@@ -197,24 +202,19 @@ class Server:
             # A web page of somebody else can send other types without asking first.
             raise ApiError(415, f"the content type must be application/json, got {kind!r}")
         most = self.settings.policy.max_bytes * 4 // 3 + (4 << 20)
-        body, pieces = bytearray(), aiter(request.stream())
-        try:
-            while piece := await asyncio.wait_for(anext(pieces, b""), self.settings.patience):
-                body += piece
-                if len(body) > most:
-                    raise ApiError(413, f"the body is larger than {most} bytes")
-        except TimeoutError:
-            raise ApiError(408, "the rest of the body did not come") from None
-        except ClientDisconnect:
-            raise ApiError(499, "cancelled") from None
-        return await asyncio.to_thread(parse_json, bytes(body))
+        too_large = ApiError(413, f"the body is larger than {most} bytes")
+        body = await read_body(request, too_large, most, self.settings.patience)
+        return await asyncio.to_thread(parse_json, body)
 
     def _compressor(self, asked: ChatRequest) -> Compressor | None:
         """What a request's ``dycoke`` field says."""
         method = self.settings.compressor
         if asked.compress is not None:
+            given = dict(asked.compress)
+            if given.get("retention") is not None and given.get("method") is None:
+                given["method"] = self.settings.method
             try:
-                method = choose(asked.compress, method)
+                method = choose(given, method)
             except (TypeError, ValueError) as error:
                 raise ApiError(400, f"dycoke: {error}", "dycoke") from None
         return WATCHED_FULL if method is None and asked.steps else method
@@ -272,7 +272,14 @@ class Server:
             before=(decoded - began, time.perf_counter() - decoded),
             seen=seen,
             video_key=key,
+            visual=0 if compressor is not None else self._visual(videos, inputs, seen),
         )
+
+    def _visual(self, videos: Sequence[Video], inputs: Mapping[str, Any], seen: Seen | None) -> int:
+        if seen is not None:
+            return seen.visual_tokens
+        source = source_of(self.assistant, videos)
+        return visual_tokens(self.assistant.model.config, inputs, source)
 
     def _watch(self, videos: Sequence[Video], row: Row, emit: Emit) -> Callable[[int], Watcher]:
         """Listeners that tell what each token looked at, as the page has it."""
@@ -424,9 +431,10 @@ class _Replies:
 
     def _count(self, answer: Answer, cached: int) -> Usage:
         prompt, new = self._job.inputs["input_ids"].shape[1], len(answer.tokens)
-        samples = () if answer.report is None else answer.report.samples
-        visual = sum(sample.visual_tokens for sample in samples)
-        kept = sum(sample.kept_tokens for sample in samples)
+        visual = kept = self._job.visual
+        if answer.report is not None:
+            visual = sum(sample.visual_tokens for sample in answer.report.samples)
+            kept = sum(sample.kept_tokens for sample in answer.report.samples)
         for name, amount in (
             ("prompt_tokens", prompt),
             ("generated_tokens", new),
@@ -457,3 +465,8 @@ async def _no_route(request: Request, error: Exception) -> Response:
     known = "/v1/chat/completions (POST), /v1/models, /health, /metrics and /version"
     status = getattr(error, "status_code", 404)
     return _refusal(ApiError(status, f"no {request.method} {path} here; there are {known}"))
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    """A fault of ours outside of what a request asks for; uvicorn logs it."""
+    return _refusal(ApiError(500, f"{type(error).__name__} in the server"))

@@ -38,6 +38,10 @@ def _public(address: str) -> bool:
             return _public(str(inner))
         if ip in ipaddress.ip_network("64:ff9b::/96"):
             return _public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+        # All that is routed lies here; outside of it are other ways to write an IPv4 address, and
+        # site-local ones, which Python calls global.
+        if ip not in ipaddress.ip_network("2000::/3"):
+            return False
     return ip.is_global and not ip.is_multicast
 
 

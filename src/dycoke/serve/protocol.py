@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from dycoke.errors import UnsupportedError
 
+LOG = logging.getLogger("dycoke.serve")
 HALVES = re.compile(r"\\u[dD][89a-fA-F]")
 MOST_SAID = 1000  # characters of an error's message
 LEAST_HEAT = 0.01  # of sampling, as in vLLM: less of it overflows
@@ -26,7 +28,22 @@ REFUSED = {
     "functions": "not supported",
     "mm_processor_kwargs": "the processor's settings belong to the model's folder",
     "chat_template_kwargs": "the chat template takes no settings here",
+    "allowed_token_ids": "not supported",
+    "audio": "answers are text",
+    "bad_words": "not supported",
+    "chat_template": "the chat template belongs to the model's folder",
+    "guided_choice": "not supported",
+    "guided_grammar": "not supported",
     "guided_json": "not supported",
+    "guided_regex": "not supported",
+    "ignore_eos": "an answer ends where the model ends it",
+    "include_stop_str_in_output": "an answer ends before what stops it",
+    "min_tokens": "an answer ends where the model ends it",
+    "prompt_logprobs": "log probabilities are not computed here",
+    "stop_token_ids": "use stop, with texts",
+    "structured_outputs": "not supported",
+    "truncate_prompt_tokens": "ask for fewer frames or with less text",
+    "use_beam_search": "answers are greedy or sampled",
 }
 
 
@@ -131,7 +148,7 @@ def parse_chat(body: Any, models: Sequence[str]) -> ChatRequest:
         raise ApiError(400, "response_format: only text is supported", "response_format")
     turns, media = _conversation(body.get("messages"))
     frames, fps = _frames(body.get("media_io_kwargs"))
-    limit = "max_completion_tokens" if body.get("max_completion_tokens") else "max_tokens"
+    limit = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
     max_tokens = _number(body, limit, None, 1, None, whole=True)
     compress = body.get("dycoke")
     if compress is not None and not isinstance(compress, dict):
@@ -235,7 +252,7 @@ def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of generate; what changes greedy search, too, is always among them."""
     made: dict[str, Any] = {}
     penalty = _number(body, "repetition_penalty", None, 0.01, 100)
-    if penalty is not None and penalty != 1:
+    if penalty is not None:  # 1 is none, where the model's folder has another
         made["repetition_penalty"] = float(penalty)
     temperature = _number(body, "temperature", 0, 0, 100)
     top_p = _number(body, "top_p", 1, 0, 1, above=True)
@@ -302,18 +319,20 @@ def _number(
         what = "a whole number" if whole else "a number"
         bounds = [f"above {low:g}" if above else f"of at least {low:g}"] if low is not None else []
         bounds += [f"at most {high:g}"] if high is not None else []
-        raise ApiError(400, f"{name} must be {what} {' and '.join(bounds)}, got {value!r}", name)
+        what = " ".join([what, " and ".join(bounds)]).strip()
+        raise ApiError(400, f"{name} must be {what}, got {value!r}", name)
     return value  # type: ignore[no-any-return]
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of an error in the library."""
+    """What a client is told of an error in the library; the server's own faults are logged."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UnsupportedError | ValueError | TypeError):
         return ApiError(400, str(error))
     if "out of memory" in str(error).lower():
         return ApiError(503, "the server ran out of memory; ask for fewer frames", code="memory")
+    LOG.error("a request failed", exc_info=error)
     return ApiError(500, f"{type(error).__name__} in the server")
 
 

@@ -10,6 +10,7 @@ import asyncio
 import functools
 import io
 import json
+import logging
 import tempfile
 import threading
 import time
@@ -23,7 +24,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
@@ -36,11 +37,13 @@ from dycoke.errors import UnsupportedError
 from dycoke.methods import METHODS, choose
 from dycoke.nano import stories
 from dycoke.serve import media
+from dycoke.serve.bodies import read_body
 from dycoke.serve.protocol import ApiError, parse_json
 from dycoke.serve.steps import WATCHED_FULL, Event, Steps
 from dycoke.serve.work import source_of
 from dycoke.video import Video, read
 
+LOG = logging.getLogger("dycoke.serve")
 Submit = Callable[[Callable[[], None]], Any]
 """Runs a job in the thread that generates, in turn; raises `queue.Full` where too many wait."""
 
@@ -78,6 +81,7 @@ class Viewer:
     name : what the page calls the model.
     submit : the server's own queue; None for one thread of this viewer's.
     max_bytes : the largest clip that is taken.
+    patience : seconds in which the next piece of a clip must come.
     """
 
     def __init__(
@@ -86,8 +90,10 @@ class Viewer:
         name: str,
         submit: Submit | None = None,
         max_bytes: int = MAX_BYTES,
+        patience: float = 60.0,
     ) -> None:
-        self.assistant, self.name, self.max_bytes = assistant, name, max_bytes
+        self.assistant, self.name = assistant, name
+        self.max_bytes, self.patience = max_bytes, patience
         self._submit = submit or ThreadPoolExecutor(1, "dycoke-view").submit
         # The embedded model is at home in clips of as many frames as it was trained on.
         own = assistant.model.config.name_or_path == str(nano.path())
@@ -101,7 +107,7 @@ class Viewer:
         return [
             *files,
             Route("/viewer/config", self._config),
-            Route("/viewer/stories/{seed:int}.jpg", self._picture),
+            Route("/viewer/stories/{seed}.jpg", self._picture),
             Route("/viewer/ask", self._ask, methods=["POST"]),
         ]
 
@@ -124,9 +130,10 @@ class Viewer:
         )
 
     async def _picture(self, request: Request) -> Response:
-        seed = int(request.path_params["seed"])
-        if seed not in SHOWN:
-            return _refusal(ApiError(404, f"there is no story {seed} here"))
+        told = request.path_params["seed"]
+        seed = next((seed for seed in SHOWN if str(seed) == told), None)
+        if seed is None:
+            return _refusal(ApiError(404, f"there is no story {told[:40]} here"))
         picture = await asyncio.to_thread(story_picture, seed)
         return Response(picture, media_type="image/jpeg", headers=HEADERS)
 
@@ -143,8 +150,6 @@ class Viewer:
                 raise ApiError(429, "too many questions are waiting; try again") from error
         except ApiError as error:
             return _refusal(error)
-        except ClientDisconnect:
-            return _refusal(ApiError(499, "cancelled"))
         return StreamingResponse(
             inbox.lines(request), media_type="application/x-ndjson", headers=HEADERS
         )
@@ -157,11 +162,7 @@ class Viewer:
         length = _whole(request.headers.get("content-length", "0"))
         if length is None or length > self.max_bytes:  # h11 lets digits through alone
             raise too_large
-        data = bytearray()
-        async for part in request.stream():
-            data += part
-            if len(data) > self.max_bytes:
-                raise too_large
+        data = await read_body(request, too_large, self.max_bytes, self.patience)
         if not data:
             raise ApiError(400, "there is no clip: the request's body is empty")
         sizes = asked.sizes or [len(data)]
@@ -169,7 +170,7 @@ class Viewer:
             raise ApiError(400, f"sizes say {sum(sizes)} bytes, and the body has {len(data)}")
         videos, at = [], 0
         for place, size in enumerate(sizes):
-            clip, name = bytes(data[at : at + size]), asked.file(place)
+            clip, name = data[at : at + size], asked.file(place)
             videos.append(await asyncio.to_thread(clip_video, clip, name, asked.frames))
             at += size
         return videos
@@ -221,6 +222,7 @@ class Viewer:
         except (UnsupportedError, ValueError) as error:
             inbox.put({"event": "error", "message": str(error)})
         except Exception as error:
+            LOG.exception("an answer failed")
             inbox.put({"event": "error", "message": f"{type(error).__name__}: {error}"})
         finally:
             inbox.put(None)

@@ -55,6 +55,7 @@ class Job:
     before : seconds of fetching and decoding, and of the processor.
     seen : the job's video, where it is kept since another question; it then goes alone.
     video_key : of the video among those that are kept; None where it is not looked for there.
+    visual : the prompt's visual tokens, where it goes to the full model, which has no report.
     """
 
     turns: Turns
@@ -70,6 +71,7 @@ class Job:
     before: tuple[float, float] = (0.0, 0.0)
     seen: Seen | None = None
     video_key: Key | None = None
+    visual: int = 0
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -193,14 +195,22 @@ class Worker:
             first = self._waiting.popleft()
             if not isinstance(first, Job):
                 return first
-            batch, key = [first], first.key
+            batch, key = [first], self._alike(first)
             for job in list(self._waiting):
                 if len(batch) == self.max_batch:
                     break
-                if isinstance(job, Job) and job.key == key:
+                if isinstance(job, Job) and self._alike(job) == key:
                     self._waiting.remove(job)
                     batch.append(job)
             return batch
+
+    def _alike(self, job: Job) -> tuple[Any, ...]:
+        """What is equal for jobs that can be one batch, with this model."""
+        usual = getattr(self.assistant.model.generation_config, "repetition_penalty", None)
+        penalty = job.generate.get("repetition_penalty", usual)
+        # It counts what fills up shorter prompts as words of theirs.
+        length = None if penalty in (None, 1) else job.inputs["input_ids"].shape[1]
+        return *job.key, length
 
     def _answer(self, batch: list[Job]) -> None:
         """Answer a batch; where it fails before a word was said, each of its jobs alone."""

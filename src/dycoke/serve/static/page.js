@@ -339,7 +339,7 @@ function choose(clip) {
     button.setAttribute("aria-pressed", String(clip.story === +button.dataset.seed));
   $("drop").classList.toggle("on", Boolean(clip.files));
   $("chosen").textContent = clip.files ? clip.files.map((file) => file.name).join(", ") : "Drop a clip here";
-  $("hint").textContent = clip.files ? `${(weight(clip.files) / 1e6).toFixed(1)} MB` : "or choose a file; several are one prompt";
+  $("hint").textContent = clip.files ? `${(weight(clip.files) / 1e6).toFixed(1)} MB` : "or choose a file, or several";
   say("");
 }
 
