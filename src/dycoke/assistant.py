@@ -185,6 +185,11 @@ class Assistant:
                 **pictures,
                 **processor_options(self.model.config),
             )
+        except StopIteration as error:  # of older releases; no future could carry it
+            raise UnsupportedError(
+                "the processor does not take this prompt: it has more words that stand for images "
+                "or videos than it comes with"
+            ) from error
         except ValueError as error:
             if not videos:
                 raise UnsupportedError(
