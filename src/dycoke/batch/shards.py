@@ -13,13 +13,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dycoke.batch.items import BatchError, Item
-from dycoke.batch.journal import Journal, Row
+from dycoke.batch.journal import Journal, Row, rows_so_far
 
 PART = re.compile(r"part-(\d{6,})\.jsonl")
+JOURNAL = re.compile(r"(\d{6,})\.journal")
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,28 @@ class Folder:
 
     def journal(self, shard: int) -> Journal:
         """The journal of a shard, which nobody else has until it is closed; waits for that."""
-        return Journal(self.scratch() / f"{shard:06d}.journal")
+        return Journal(self._journal(shard))
+
+    def _journal(self, shard: int) -> Path:
+        return self.scratch() / f"{shard:06d}.journal"
 
     def parts(self) -> set[int]:
         """The shards that are done."""
         found = (PART.fullmatch(name) for name in os.listdir(self.path))
         return {int(match[1]) for match in found if match}
+
+    def journals(self) -> set[int]:
+        """The shards that were begun and are not done."""
+        found = (JOURNAL.fullmatch(name) for name in os.listdir(self.scratch()))
+        return {int(match[1]) for match in found if match}
+
+    def so_far(self, shard: int) -> tuple[int, int]:
+        """Items of a shard that have rows in its journal, and those of them that failed.
+
+        Whoever works on the shard goes on meanwhile.
+        """
+        rows = rows_so_far(self._journal(shard))
+        return len(rows), sum(any(row["error"] for row in own) for own in rows.values())
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Begin a run in these settings, or go on with one; several jobs may do so at once.
@@ -88,10 +106,17 @@ class Folder:
         Raises
         ------
         BatchError
-            Where one was begun here in other settings, or the folder is none or holds other things.
+            Where one was begun here in other settings, where nobody knows in which settings, or
+            where the folder cannot be written.
         """
         try:
             self.scratch().mkdir(parents=True, exist_ok=True)
+            # In this order: a job that is quicker has written its run.json before its first row.
+            if (self.parts() or self.journals()) and not self.run_file.exists():
+                raise BatchError(
+                    f"{self.path} has rows, and no run.json that says in which settings they were "
+                    "made; give another --out"
+                )
             with tempfile.NamedTemporaryFile("w", dir=self.scratch(), suffix=".run") as aside:
                 json.dump(settings, aside, indent=1)
                 aside.flush()
@@ -137,13 +162,25 @@ class Folder:
     def sweep(self, shard: int) -> None:
         """Remove what a finished shard has left over where its process died at the very end."""
         shutil.rmtree(self.files(shard), ignore_errors=True)
-        (self.scratch() / f"{shard:06d}.journal").unlink(missing_ok=True)
+        self._journal(shard).unlink(missing_ok=True)
 
     def rows(self, shard: int) -> Iterator[Row]:
-        """The rows of a shard that is done."""
+        """The rows of a shard that is done.
+
+        Raises
+        ------
+        BatchError
+            Where somebody has changed them.
+        """
         with open(self.part(shard), encoding="utf-8") as file:
-            for line in file:
-                yield json.loads(line)
+            for number, line in enumerate(file, 1):
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    raise BatchError(
+                        f"{self.part(shard)}, line {number}: no row; remove this file, and its "
+                        "videos are asked again"
+                    ) from None
 
     def failures(self, shard: int, items: Sequence[Item]) -> list[int]:
         """Places of the items of a finished shard that have a row that failed."""
@@ -152,9 +189,16 @@ class Folder:
 
     def by_item(self, shard: int, items: Sequence[Item]) -> Iterator[list[Row]]:
         """The rows of a finished shard, those of each item together."""
-        rows = self.rows(shard)
+        rows = list(self.rows(shard))
+        wanted = [(question.id, question.prompt) for item in items for question in item.questions]
+        if [(row["id"], row["prompt"]) for row in rows] != wanted:
+            raise BatchError(
+                f"{self.part(shard)} has not the {len(wanted)} rows that its videos ask for; "
+                "remove this file, and they are asked again"
+            )
+        left = iter(rows)
         for item in items:
-            yield [next(rows) for _ in item.questions]
+            yield list(islice(left, len(item.questions)))
 
     def reopen(self, shard: int, items: Sequence[Item]) -> int:
         """Put the videos of a finished shard that failed back to work; how many there were.
