@@ -142,7 +142,7 @@ def begin(path: Path, items: Sequence[Item], plan: Plan, size: int, retry: bool,
     object.__setattr__(model, "fuse", fuse)
     if chance.random() < 0.6:
         context = Forking(fuse, chance)
-        dycoke.batch.local.multiprocessing = Spawner(context)  # type: ignore[attr-defined]
+        dycoke.batch.local.multiprocessing = Spawner(context)  # type: ignore[assignment]
         runner: Runner = partial(run_local, model, folder, plan, chance.randint(1, 3))
         turns = chance.randint(1, 25)
     else:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from dycoke.batch.items import BatchError, Item
-from dycoke.batch.local import Told
+from dycoke.batch.local import Told, cannot_begin, cannot_write
 from dycoke.batch.shards import Folder
 from dycoke.batch.worker import Plan, Spec, Worker
 
@@ -21,16 +21,26 @@ class Actor:
     """A worker as Ray sees it: made once in its process, and called with a shard at a time.
 
     A process that dies is replaced by Ray, which repeats its shard without end; the journal counts,
-    and so it ends.
+    and so it ends. What no other process would do better is said instead of raised, since Ray
+    makes pages of it.
     """
 
     def __init__(self, spec: Spec, path: str, plan: Plan) -> None:
-        self.worker = Worker(spec.build(), Folder(path), plan)
+        self.path, self.fault = path, ""
+        try:
+            self.worker = Worker(spec.build(), Folder(path), plan)
+        except Exception as error:
+            self.fault = cannot_begin(error)
 
     def __call__(self, given: dict[str, Any]) -> dict[str, Any]:
-        items = [Item.from_dict(made) for made in json.loads(given["items"])]
-        done, failed = self.worker.run(int(given["shard"]), items)
-        return {"shard": given["shard"], "done": done, "failed": failed}
+        done = failed = 0
+        try:
+            if not self.fault:
+                items = [Item.from_dict(made) for made in json.loads(given["items"])]
+                done, failed = self.worker.run(int(given["shard"]), items)
+        except OSError as error:
+            self.fault = cannot_write(self.path, error)
+        return {"shard": given["shard"], "done": done, "failed": failed, "fault": self.fault}
 
 
 class _Watch:
@@ -142,9 +152,11 @@ def run_ray(
         )
         with _Watch(folder, shards, told) as watch:
             for row in rows.iter_rows():
+                if row["fault"]:
+                    raise BatchError(row["fault"])
                 watch.finished(int(row["shard"]), int(row["done"]), int(row["failed"]))
     except ray.exceptions.RayError as error:
-        raise BatchError(f"Ray: {error}") from error
+        raise BatchError(f"Ray: {str(error).strip().splitlines()[-1]}") from error
     finally:
         if ours:
             ray.shutdown()

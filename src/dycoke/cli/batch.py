@@ -86,7 +86,7 @@ def batch(
         bool,
         typer.Option(
             "--join",
-            help="Only join the rows of all jobs into one file, OUT/rows.jsonl where OUT is a folder.",
+            help="Only join the rows of all jobs: into --out, or rows.jsonl in that folder.",
         ),
     ] = False,
     device: options.Device = None,
