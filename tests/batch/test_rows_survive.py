@@ -68,6 +68,7 @@ def script(*command: object) -> subprocess.Popen[str]:
         [sys.executable, *map(str, command)],
         env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
@@ -75,8 +76,8 @@ def script(*command: object) -> subprocess.Popen[str]:
 
 def test_every_schedule_of_deaths_gives_each_question_one_row(tmp_path: Path) -> None:
     process = script(TESTS / "batch_schedules.py", tmp_path, 0, SCHEDULES)
-    said, _ = process.communicate(timeout=240)
-    assert process.returncode == 0
+    said, warned = process.communicate(timeout=240)
+    assert (process.returncode, warned) == (0, "")  # no worker cries over its driver's death
     found = json.loads(said)
     assert found["wrong"] == {}
     assert min(found["deaths"][who] for who in ("driver", "worker")) >= SCHEDULES

@@ -185,7 +185,7 @@ def serve(pipe: Connection, spec: Spec, path: str, plan: Plan) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     driver = multiprocessing.parent_process()
     assert driver is not None
-    with suppress(Stopped, EOFError, BrokenPipeError, KeyboardInterrupt):
+    with suppress(Stopped, EOFError, ConnectionError, KeyboardInterrupt):  # the driver is gone
         try:
             worker = Worker(spec.build(), Folder(path), plan, lambda: not driver.is_alive())
         except Exception as error:
@@ -200,7 +200,7 @@ def serve(pipe: Connection, spec: Spec, path: str, plan: Plan) -> None:
 
             try:
                 worker.run(shard, items, note, tell)
-            except BrokenPipeError:
+            except ConnectionError:
                 raise
             except OSError as error:
                 pipe.send(("error", cannot_write(path, error)))
