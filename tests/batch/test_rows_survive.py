@@ -220,8 +220,16 @@ def test_runs_go_on_in_their_own_settings_only(tmp_path: Path) -> None:
         run(tmp_path, items, shard_size=5)
     with pytest.raises(BatchError, match="videos was 2, now 3"):
         run(tmp_path, [*items, *items_of("a2")])
-    with pytest.raises(BatchError, match=r"other settings.*inputs was"):
+    with pytest.raises(BatchError, match=r"other settings \(inputs are others\);"):
         run(tmp_path, items[::-1])
+    other = Folder(tmp_path / "other")
+    other.begin({"method": "a", "settings": dict.fromkeys("abcdef", 1)})
+    for now, said in [
+        ({**dict.fromkeys("abcde", 1), "f": 2}, r"\(settings\.f was 1, now 2\);"),
+        ({}, r"settings\.d was 1, now None; and 2 more\);"),
+    ]:
+        with pytest.raises(BatchError, match=said):
+            other.begin({"method": "a", "settings": now})
     assert rows_of(Folder(tmp_path)) == first
     (tmp_path / "file").touch()
     with pytest.raises(BatchError, match="cannot write to"):

@@ -21,6 +21,7 @@ from dycoke.batch.items import BatchError, Item
 from dycoke.batch.journal import Journal, Row, rows_so_far
 
 PART = re.compile(r"part-(\d{6,})\.jsonl")
+MOST_SAID = 4  # settings that an error names
 JOURNAL = re.compile(r"(\d{6,})\.journal")
 
 
@@ -129,14 +130,21 @@ class Folder:
             raise BatchError(f"cannot write to {self.path}: {error.strerror or error}") from None
 
     def _check(self, settings: Mapping[str, Any]) -> None:
-        begun = self.settings()
-        wanted = json.loads(json.dumps(settings))
+        begun, wanted = _flat(self.settings()), _flat(json.loads(json.dumps(settings)))
         names = [n for n in {**begun, **wanted} if begun.get(n) != wanted.get(n)]
         if names:
-            said = "; ".join(f"{n} was {begun.get(n)!r}, now {wanted.get(n)!r}" for n in names)
+            # The digest of the inputs says nothing to anybody.
+            said = [
+                f"{n} are others"
+                if n == "inputs"
+                else f"{n} was {begun.get(n)!r}, now {wanted.get(n)!r}"
+                for n in names
+            ]
+            if len(said) > MOST_SAID:
+                said[MOST_SAID:] = [f"and {len(said) - MOST_SAID} more"]
             raise BatchError(
-                f"{self.path} was begun in other settings ({said}); go on with those, or give "
-                "another --out"
+                f"{self.path} was begun in other settings ({'; '.join(said)}); go on with those, "
+                "or give another --out"
             )
 
     def settings(self) -> dict[str, Any]:
@@ -221,3 +229,14 @@ class Folder:
             journal.sync()
             self.part(shard).unlink()
             return len(failed)
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of settings by a name of their own."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{name}.{inner}": own for inner, own in value.items()})
+        else:
+            flat[name] = value
+    return flat
