@@ -21,7 +21,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -236,10 +238,26 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--pause", type=float, default=0.01)
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="File for the result.")
     args = parser.parse_args()
     run = {"overhead": overhead, "ray": against_ray, "batches": batches, "memory": memory}
     found = run[args.what](args)
-    print(json.dumps({"what": args.what, "videos": args.videos, "cores": os.cpu_count(), **found}))
+    import torch  # late, since workers of a stub have none
+
+    from dycoke.bench.results import hardware, versions
+
+    content = {
+        "command": shlex.join(["python", *sys.argv]),
+        "hardware": hardware(torch.device("cpu")),
+        "cores": os.cpu_count(),
+        "versions": versions(),
+        "what": args.what,
+        "videos": args.videos,
+        **found,
+    }
+    if args.json is not None:
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps(content))
 
 
 if __name__ == "__main__":

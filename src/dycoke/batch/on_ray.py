@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from dycoke.batch.items import BatchError, Item
-from dycoke.batch.local import Told, cannot_begin, cannot_write
+from dycoke.batch.local import STILLBORN, Told, cannot_begin, cannot_write
 from dycoke.batch.shards import Folder
 from dycoke.batch.worker import Plan, Spec, Worker
 
 EVERY_LOOK = 2.0  # seconds
+DEATHS = "max_consecutive_actor_init_deaths"  # Ray Data's name; older ones have none
 
 
 class Actor:
@@ -136,9 +138,13 @@ def run_ray(
     try:
         if ours:
             local = {"include_dashboard": False} if own else {}
-            ray.init(address=address, log_to_driver=False, **local)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+            logging.getLogger("ray.data").setLevel(logging.WARNING)
         count, each = placing(ray.cluster_resources(), workers, gpus, own)
-        data.DataContext.get_current().enable_progress_bars = False
+        context = data.DataContext.get_current()
+        context.enable_progress_bars = False
+        if hasattr(context, DEATHS):
+            setattr(context, DEATHS, STILLBORN - 1)
         given = [
             {"shard": shard, "items": json.dumps([item.to_dict() for item in items])}
             for shard, items in sorted(shards.items())
