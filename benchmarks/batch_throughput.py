@@ -193,6 +193,7 @@ def batches(args: Any) -> dict[str, Any]:
     model = ModelSpec(device="cpu", compressor=DyCoke(), method="dycoke", threads=1).build()
     sizes = (1, args.batch_size)
     taken: dict[int, list[float]] = {size: [] for size in sizes}
+    computed: dict[int, list[float]] = {size: [] for size in sizes}
     texts: dict[int, list[str]] = {}
     stages: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -201,19 +202,24 @@ def batches(args: Any) -> dict[str, Any]:
             for size in sizes:
                 folder = Folder(Path(scratch) / f"{turn}-{size}")
                 folder.begin({})
-                began = time.perf_counter()
+                began, busy = time.perf_counter(), time.process_time()
                 Worker(model, folder, Plan(batch_size=size)).run(0, items)
                 if turn:
                     taken[size].append(time.perf_counter() - began)
+                    computed[size].append(time.process_time() - busy)
                 rows = list(folder.rows(0))
                 texts[size] = [row["text"] for row in rows]
                 for name in ("decode", "encode", "prefill", "total"):
                     mean = statistics.mean(row["seconds"][name] for row in rows)
                     stages[f"{name}_s at {size}"] = round(mean, 4)
-    medians = {size: statistics.median(seconds) for size, seconds in taken.items()}
+    found: dict[str, Any] = {}
+    # What a processor computed depends less on who else is there than what a clock says.
+    for name, what in (("", taken), ("cpu_", computed)):
+        medians = {size: statistics.median(seconds) for size, seconds in what.items()}
+        found[f"{name}seconds"] = {size: [round(s, 2) for s in what[size]] for size in sizes}
+        found[f"{name}speedup"] = round(medians[1] / medians[args.batch_size], 3)
     return {
-        "seconds": {size: [round(s, 2) for s in seconds] for size, seconds in taken.items()},
-        "speedup": round(medians[1] / medians[args.batch_size], 3),
+        **found,
         "equal_answers": sum(a == b for a, b in zip(*texts.values(), strict=True)),
         "stages": stages,
     }
