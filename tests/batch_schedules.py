@@ -10,6 +10,7 @@ or of none, work at once, on the same shards.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -34,7 +35,12 @@ from dycoke.batch.worker import Loaded, Plan, Worker
 
 CALLS = ("write", "replace", "link", "unlink", "ftruncate", "fsync")
 MOST = 400  # rounds
-write = os.write
+write, truncate = os.write, os.ftruncate
+
+
+def appended(file: int) -> bool:
+    """Whether a file is written by `os.write`, without a buffer: the journal."""
+    return bool(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_APPEND)
 
 
 class Fuse:
@@ -71,6 +77,9 @@ class Fuse:
             how = self.chance.choice(("before", "within", "after"))
             if how == "within" and name == "write":
                 call(args[0], args[1][: self.chance.randrange(len(args[1]))])
+            if how == "within" and name == "fsync" and not appended(args[0]):
+                # What Python's own buffers had not handed over yet is lost.
+                truncate(args[0], self.chance.randrange(os.fstat(args[0]).st_size + 1))
             if how == "after":
                 call(*args)
             return self.die()
