@@ -98,13 +98,18 @@ def test_drivers_and_actors_that_are_killed(tmp_path: Path) -> None:
 
 
 @minutes
-def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
-    spec = ModelSpec("/nowhere/model", device="cpu")
-    with pytest.raises(BatchError, match="/nowhere/model") as raised:
-        drive(
-            items_of("a0"),
-            Folder(tmp_path),
-            {},
-            partial(run_ray, spec, Folder(tmp_path), Plan(), 1),
-        )
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (ModelSpec("/nowhere/model", device="cpu"), "a worker cannot begin: OSError: .*nowhere"),
+        (Stub(born=False), "Ray: "),  # its process dies each time
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_one_line(
+    spec: Any, said: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", PATH)
+    runner = partial(run_ray, spec, Folder(tmp_path), Plan(), 1)
+    with pytest.raises(BatchError, match=said) as raised:
+        drive(items_of("a0"), Folder(tmp_path), {}, runner)
     assert len(str(raised.value).splitlines()) == 1 and len(str(raised.value)) < 300
