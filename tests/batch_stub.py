@@ -34,6 +34,8 @@ class Stub:
     def build(self) -> Stub:
         if not self.born:
             os._exit(3)
+        if told_where := os.environ.get("DYCOKE_TEST_PIDS"):
+            Path(told_where, str(os.getpid())).touch()
         return self
 
     def on(self, worker: int, workers: int) -> Stub:
@@ -86,11 +88,13 @@ __all__ = ["Member", "Stub", "items_of", "told"]
 if __name__ == "__main__":  # a driver of its own, to be killed
     from functools import partial
 
-    from dycoke.batch.drive import drive
+    from dycoke.batch.drive import Runner, drive
     from dycoke.batch.local import run_local
+    from dycoke.batch.on_ray import run_ray
     from dycoke.batch.shards import Folder
     from dycoke.batch.worker import Plan
 
-    folder = Folder(sys.argv[1])
-    runner = partial(run_local, Stub(float(sys.argv[2])), folder, Plan(2, 50), 2)
-    drive(items_of(*sys.argv[3:]), folder, {}, runner, shard_size=4)
+    how, path, pause, *names = sys.argv[1:]
+    folder, runners = Folder(path), {"local": run_local, "ray": run_ray}
+    runner: Runner = partial(runners[how], Stub(float(pause)), folder, Plan(2, 50), 2)
+    drive(items_of(*names), folder, {}, runner, shard_size=4)

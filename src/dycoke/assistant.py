@@ -256,7 +256,7 @@ class Assistant:
         trace: bool = False,
         encode_frames: int | str = AUTO,
         on_step: OnStep | None = None,
-        prepared: tuple[Turns, Mapping[str, Any]] | None = None,
+        prepared: tuple[str | Turns, Mapping[str, Any]] | None = None,
     ) -> Seen:
         """Encode and prefill a video once, and then ask it any number of questions.
 
@@ -264,8 +264,9 @@ class Assistant:
         ----------
         video, compressor, frames, trace, encode_frames, on_step : as in `ask`. ``on_step`` hears
             of the video's own forward, and of every question's.
-        prepared : a conversation that begins with the video and what `prepare_chat` made of it,
-            where that is there already: the processor then has nothing more to do.
+        prepared : a question, or a conversation that begins with the video, and what
+            `prepare_chat` made of it, where that is there already: the processor then has nothing
+            more to do.
 
         Raises
         ------
@@ -346,7 +347,7 @@ class Seen:
         on_step: OnStep | None,
         encode_frames: int | str,
         began: float,
-        prepared: tuple[Turns, Mapping[str, Any]] | None,
+        prepared: tuple[str | Turns, Mapping[str, Any]] | None,
     ) -> None:
         decoded = time.perf_counter()
         self._assistant, self._video = assistant, video

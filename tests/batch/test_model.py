@@ -84,6 +84,24 @@ def test_batches_and_shared_prefills_answer_as_ask_does(
             assert row["settings"] == DyCoke().to_dict() and row["model"] == "nano"
 
 
+def test_the_full_model_keeps_and_attends_to_all(
+    model: ModelAnswerer, clips: list[Path], tmp_path: Path
+) -> None:
+    full = ModelAnswerer(model.assistant, ModelSpec(device="cpu"))
+    path = str(clips[0])
+    one = rows_of(full, tmp_path / "one", [Item(path, FRAMES, (Question("a", COUNT),))])
+    two = rows_of(
+        full,
+        tmp_path / "two",
+        [Item(path, FRAMES, (Question("a", COUNT), Question("a", DESCRIBE)))],
+    )
+    assert one[0]["text"] == two[0]["text"] == full.assistant.ask(path, COUNT, frames=FRAMES).text
+    for row in (*one, *two):
+        tokens = row["tokens"]
+        assert tokens["visual"] == tokens["kept"] == tokens["active"] == FRAMES * 36
+        assert row["method"] == "full" and row["settings"] == {}
+
+
 def test_a_member_of_a_tar_is_its_file(
     model: ModelAnswerer, clips: list[Path], tmp_path: Path
 ) -> None:
@@ -133,9 +151,12 @@ def test_the_command(clips: list[Path], tmp_path: Path, monkeypatch: Any, capsys
     assert list(rows[0]) == list(rows[2])
 
     target.unlink()
-    assert call("--join", "--out", target)[0] == 0
+    code, out, err = call("--join", "--out", target, "--fail-over", "5%")
+    assert code == 1 and "66.7% of the rows failed" in err and "2 VideoError" in out
+    assert call("--join", "--out", target, "--fail-over", "70%")[0] == 0
     assert [json.loads(line) for line in target.read_text().splitlines()] == rows
     assert call(manifest, *options)[0] == 0  # nothing is left to do, and nothing is said of a share
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as where it is not installed
     for bad, said in [
         ((manifest, *options, "--method", "full"), "begun in other settings (method was 'dycoke'"),
         ((manifest, *options, "--shard", "2/2"), "--shard must be i/n"),
@@ -145,6 +166,8 @@ def test_the_command(clips: list[Path], tmp_path: Path, monkeypatch: Any, capsys
         ((*options,), "no videos in nothing"),
         (("--join", "--out", tmp_path / "none"), "no run was begun here"),
         ((manifest, "--out", tmp_path / "a" / "b"), "there is no such folder"),
+        ((manifest, "--out", tmp_path / "x.csv"), "joined to a .jsonl or .parquet file"),
+        ((manifest, "--out", tmp_path / "x.parquet"), "parquet needs pyarrow"),
     ]:
         code, out, err = call(*bad)
         assert (code, out) == (2, "") and said in " ".join(err.split())

@@ -44,8 +44,8 @@ def test_lines_and_file(tmp_path: Path) -> None:
     clock, screen, file = Clock(), io.StringIO(), tmp_path / "progress.json"
     progress = Progress(100, Console(file=screen, width=40), file, clock)
     progress.known(7, 10, 1)  # by another run
+    progress.known(0, 6, 0)  # as the journal of one that was broken off says
     with progress:
-        progress.told(0, 6, 0)  # of which this run did nothing: it was in the journal
         for second in range(1, 62):
             clock.now = float(second)
             progress.told(0, 6 + second // 2, second // 30)
@@ -58,6 +58,38 @@ def test_lines_and_file(tmp_path: Path) -> None:
     state = json.loads(file.read_text())
     assert (state["done"], state["total"], state["failed"], state["left_s"]) == (100, 100, 3, 0)
     assert screen.getvalue().splitlines()[-1].startswith("100 of 100 videos")
+
+
+def test_the_rate_is_of_what_this_run_does(tmp_path: Path) -> None:
+    clock = Clock()
+    progress = Progress(100, None, tmp_path / "p.json", clock)
+    progress.known(0, 10, 0)
+    with progress:
+        clock.now = 10.0
+        progress.told(1, 64, 0)  # whole, and for the first time: as Ray hands it over
+        assert progress.state() | {"seconds": 0} == {
+            "done": 74,
+            "total": 100,
+            "failed": 0,
+            "per_second": 6.4,
+            "seconds": 0,
+            "left_s": 4.1,
+        }
+
+
+def test_what_journals_hold_is_known_from_the_start(tmp_path: Path) -> None:
+    items, folder = items_of("a0", "bad1", "a2", "a3"), Folder(tmp_path)
+
+    def broken_off(shards: Any, told: Told) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            drive(items, folder, {}, broken_off, shard_size=2)
+        with folder.journal(1) as journal:
+            journal.finish(0, [{"error": {"type": "ValueError"}}])
+    state = json.loads((tmp_path / "progress.json").read_text())
+    assert (state["done"], state["failed"], state["per_second"]) == (1, 1, 0)
 
 
 def test_a_terminal_has_a_bar(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def script(*command: object) -> subprocess.Popen[str]:
         [sys.executable, *map(str, command)],
         env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
@@ -75,9 +76,11 @@ def script(*command: object) -> subprocess.Popen[str]:
 
 def test_every_schedule_of_deaths_gives_each_question_one_row(tmp_path: Path) -> None:
     process = script(TESTS / "batch_schedules.py", tmp_path, 0, SCHEDULES)
-    said, _ = process.communicate(timeout=240)
-    assert process.returncode == 0
-    assert json.loads(said) == {}
+    said, warned = process.communicate(timeout=240)
+    assert (process.returncode, warned) == (0, "")  # no worker cries over its driver's death
+    found = json.loads(said)
+    assert found["wrong"] == {}
+    assert min(found["deaths"][who] for who in ("driver", "worker")) >= SCHEDULES
 
 
 def test_drivers_and_workers_that_are_killed(tmp_path: Path) -> None:
@@ -86,7 +89,7 @@ def test_drivers_and_workers_that_are_killed(tmp_path: Path) -> None:
     deaths = 0
     for _ in range(100):
         began = len(os.listdir(tmp_path))
-        driver = script(TESTS / "batch_stub.py", tmp_path, 0.02, *names)
+        driver = script(TESTS / "batch_stub.py", "local", tmp_path, 0.02, *names)
         # Kill once something new was written, at whatever point that is by then.
         while driver.poll() is None and len(os.listdir(tmp_path)) == began:
             time.sleep(chance.random() * 0.05)
@@ -217,12 +220,63 @@ def test_runs_go_on_in_their_own_settings_only(tmp_path: Path) -> None:
         run(tmp_path, items, shard_size=5)
     with pytest.raises(BatchError, match="videos was 2, now 3"):
         run(tmp_path, [*items, *items_of("a2")])
-    with pytest.raises(BatchError, match=r"other settings.*inputs was"):
+    with pytest.raises(BatchError, match=r"other settings \(inputs are others\);"):
         run(tmp_path, items[::-1])
+    other = Folder(tmp_path / "other")
+    other.begin({"method": "a", "settings": dict.fromkeys("abcdef", 1)})
+    for now, said in [
+        ({**dict.fromkeys("abcde", 1), "f": 2}, r"\(settings\.f was 1, now 2\);"),
+        ({}, r"settings\.d was 1, now None; and 2 more\);"),
+    ]:
+        with pytest.raises(BatchError, match=said):
+            other.begin({"method": "a", "settings": now})
     assert rows_of(Folder(tmp_path)) == first
     (tmp_path / "file").touch()
     with pytest.raises(BatchError, match="cannot write to"):
         run(tmp_path / "file" / "out", items)
+
+
+def test_rows_of_nobody_knows_which_settings_are_refused(tmp_path: Path) -> None:
+    run(tmp_path, items_of("a0", "a1"))
+    Folder(tmp_path).run_file.unlink()
+    with pytest.raises(BatchError, match=r"has rows, and no run\.json.*another --out"):
+        run(tmp_path, items_of("a0", "a1"))
+    part = Folder(tmp_path).part(0)
+    part.rename(tmp_path / "work" / "000000.journal")
+    with pytest.raises(BatchError, match=r"no run\.json"):
+        run(tmp_path, items_of("a0", "a1"))
+
+
+def test_parts_that_somebody_changed_are_named(tmp_path: Path) -> None:
+    items = items_of("a0", "a1")
+    run(tmp_path, items)
+    part = Folder(tmp_path).part(0)
+    whole = part.read_text()
+    for changed, said in [
+        (whole[:-20], r"part-000000\.jsonl, line 2: no row"),
+        (whole.splitlines()[0], "has not the 2 rows"),
+        (whole + whole, "has not the 2 rows"),
+        (whole.replace('"a1"', '"a9"'), "has not the 2 rows"),
+    ]:
+        part.write_text(changed)
+        with pytest.raises(BatchError, match=said):
+            run(tmp_path, items)
+    part.unlink()
+    assert [row["id"] for row in run(tmp_path, items)] == ["a0", "a1"]
+
+
+def test_what_a_journal_has_is_known_while_others_write_it(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.begin({})
+    assert folder.so_far(0) == (0, 0) and not folder.journals()
+    with folder.journal(0) as journal:
+        journal.begin(0, alone=False)
+        assert folder.so_far(0) == (0, 0) and folder.journals() == {0}
+        journal.finish(0, [{"error": None}])
+        journal.finish(2, [{"error": None}, {"error": {"type": "ValueError"}}])
+        with open(journal.path, "a") as file:
+            file.write('{"end": 1, "ro')
+        assert folder.so_far(0) == (2, 1)
 
 
 def test_retrying_takes_up_what_failed_and_nothing_else(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from dycoke.batch.worker import Loaded
 from dycoke.batching import Row as Place
 from dycoke.batching import answer_rows, collate, pad_of, shapes
 from dycoke.compressor import Compressor
+from dycoke.models.locate import Finder, frame_source_of
 from dycoke.report import Report
 from dycoke.timing import Timings
 from dycoke.video import Video, read
@@ -75,10 +76,14 @@ class ModelSpec:
 
 @dataclass
 class _Content:
-    """A video that is read: its inputs, where it has one question; and what that took."""
+    """A video that is read: inputs for its first question, and what reading took.
+
+    ``tokens`` are the full model's, where no compressor will count them.
+    """
 
     video: Video
-    inputs: dict[str, Any] | None
+    inputs: dict[str, Any]
+    tokens: dict[str, int]
     seconds: float
 
 
@@ -92,7 +97,7 @@ class ModelAnswerer:
         self.stamp = Stamp(spec.method, settings, spec.model or NANO)
 
     def load(self, item: Item, scratch: str) -> Loaded:
-        """Sample a video's frames, and make the inputs where it has one question.
+        """Sample a video's frames, and make the inputs of its first question.
 
         Raises
         ------
@@ -102,26 +107,33 @@ class ModelAnswerer:
         began = time.perf_counter()
         with _file(item, scratch) as path:
             video = read(path, item.frames)
-        inputs = key = None
-        if len(item.questions) == 1:
-            inputs = self._reader.prepare(video, item.questions[0].prompt)
-            key = (len(video.frames), shapes(inputs))
-        content = _Content(video, inputs, time.perf_counter() - began)
+        inputs = self._reader.prepare(video, item.questions[0].prompt)
+        alone = len(item.questions) > 1
+        key = None if alone else (len(video.frames), shapes(inputs))
+        tokens = {} if self.spec.compressor is not None else self._all_tokens(inputs)
+        content = _Content(video, inputs, tokens, time.perf_counter() - began)
         return Loaded(Clip(len(video.frames), video.duration), key, content)
+
+    def _all_tokens(self, inputs: dict[str, Any]) -> dict[str, int]:
+        """The visual tokens of a prompt, all of which the full model keeps and attends to."""
+        config = self.assistant.model.base_model.config
+        spans = Finder(config, None, frame_source_of(config)).find(config, inputs)
+        count = sum(span.positions.numel() for span in spans)
+        return dict.fromkeys(("visual", "kept", "active"), count)
 
     def answer(self, items: Sequence[Item], loaded: Sequence[Loaded]) -> list[list[Reply]]:
         """One left-padded batch of videos with a question each; or all questions of one video."""
         contents: list[_Content] = [one.content for one in loaded]
-        if contents[0].inputs is None:
+        if len(items[0].questions) > 1:
             return [
                 self._watched(item, content) for item, content in zip(items, contents, strict=True)
             ]
-        inputs = [content.inputs for content in contents if content.inputs is not None]
+        inputs = [content.inputs for content in contents]
         batch = inputs[0] if len(inputs) == 1 else collate(inputs, pad_of(self.assistant))
         answers = self._answer(batch, len(items))
         return [
-            [self._reply(answer, one["input_ids"].shape[1], content.seconds, len(items))]
-            for answer, one, content in zip(answers, inputs, contents, strict=True)
+            [self._reply(answer, content, content.inputs["input_ids"].shape[1], len(items))]
+            for answer, content in zip(answers, contents, strict=True)
         ]
 
     def broken(self, error: Exception) -> bool:
@@ -137,24 +149,27 @@ class ModelAnswerer:
 
     def _watched(self, item: Item, content: _Content) -> list[Reply]:
         """All questions of a video, which is encoded and prefilled once."""
-        seen = self.assistant.watch(content.video, self.spec.compressor)
+        prepared = item.questions[0].prompt, content.inputs
+        seen = self.assistant.watch(content.video, self.spec.compressor, prepared=prepared)
         count, replies = len(item.questions), []
+        shared = replace(content, seconds=content.seconds / count)
         for question in item.questions:
             began = time.perf_counter()
             inputs = seen.inputs(question.prompt)
             asking = time.perf_counter() - began
             answer = self._answer(inputs, 1)[0]
-            length = inputs["input_ids"].shape[1]
-            reply = self._reply(answer, length, content.seconds / count + asking, 1)
+            own = replace(shared, seconds=shared.seconds + asking)
+            reply = self._reply(answer, own, inputs["input_ids"].shape[1], 1)
             replies.append(_with_share(reply, seen.timings, count, seen.report))
         return replies
 
-    def _reply(self, answer: Answer, length: int, read_s: float, count: int) -> Reply:
-        times = answer.timings
+    def _reply(self, answer: Answer, content: _Content, length: int, count: int) -> Reply:
+        times, read_s = answer.timings, content.seconds
+        counts = {**content.tokens, **_tokens(answer.report)}
         return Reply(
             answer.text,
             answer.finish_reason,
-            {**_tokens(answer.report), "prompt": length, "new": len(answer.tokens)},
+            {**counts, "prompt": length, "new": len(answer.tokens)},
             {
                 "decode": read_s,
                 "encode": times.vision_s / count,
@@ -166,7 +181,7 @@ class ModelAnswerer:
 
 
 def _tokens(report: Report | None) -> dict[str, int | None]:
-    """Visual tokens; not known where there is no compressor to count them."""
+    """Visual tokens that a compressor counted."""
     if report is None:
         return {}
     return {

@@ -77,6 +77,8 @@ def drive(
         failed = len(folder.failures(number, ours[number]))
         progress.known(number, len(ours[number]), failed)
     todo = {number: shard for number, shard in ours.items() if number not in done}
+    for number in todo:
+        progress.known(number, *folder.so_far(number))
     with progress:
         if todo:
             runner(todo, progress.told)

@@ -117,3 +117,17 @@ class Journal:
     def sync(self) -> None:
         """Return when the disk has all of it."""
         os.fsync(self._file)
+
+
+def rows_so_far(path: Path) -> dict[int, list[Row]]:
+    """The rows of a journal that somebody else may be writing; none where there is no such file."""
+    rows: dict[int, list[Row]] = {}
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        for line in file:
+            try:
+                said = json.loads(line)
+            except ValueError:  # the last line, of which a part is still to come
+                break
+            if "end" in said:
+                rows[said["end"]] = said["rows"]
+    return rows

@@ -169,17 +169,27 @@ def _ending(code: int | None) -> str:
     return f"exit code {code}"
 
 
+def cannot_begin(error: Exception) -> str:
+    """What is said where a worker has no model."""
+    said = fault(error)
+    return f"a worker cannot begin: {said['type']}: {said['message']}"
+
+
+def cannot_write(path: str, error: OSError) -> str:
+    """What is said where a worker cannot keep its rows."""
+    return f"cannot write to {path}: {error.strerror or error}"
+
+
 def serve(pipe: Connection, spec: Spec, path: str, plan: Plan) -> None:
     """A worker's process: shards come through the pipe until None does."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     driver = multiprocessing.parent_process()
     assert driver is not None
-    with suppress(Stopped, EOFError, BrokenPipeError, KeyboardInterrupt):
+    with suppress(Stopped, EOFError, ConnectionError, KeyboardInterrupt):  # the driver is gone
         try:
             worker = Worker(spec.build(), Folder(path), plan, lambda: not driver.is_alive())
         except Exception as error:
-            said = fault(error)
-            pipe.send(("error", f"a worker cannot begin: {said['type']}: {said['message']}"))
+            pipe.send(("error", cannot_begin(error)))
             return
         pipe.send(("ready",))
         while (given := pipe.recv()) is not None:
@@ -190,9 +200,9 @@ def serve(pipe: Connection, spec: Spec, path: str, plan: Plan) -> None:
 
             try:
                 worker.run(shard, items, note, tell)
-            except BrokenPipeError:
+            except ConnectionError:
                 raise
             except OSError as error:
-                pipe.send(("error", f"cannot write to {path}: {error.strerror or error}"))
+                pipe.send(("error", cannot_write(path, error)))
                 return
             pipe.send(("done", shard))

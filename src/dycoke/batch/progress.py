@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +15,11 @@ from rich.console import Console
 
 EVERY_LINE = 60.0
 EVERY_FILE = 1.0
+EVERY_LOOK = 15.0  # seconds; for the times when nobody tells anything
 
 
 class Progress:
-    """Counts items of shards, and shows them.
+    """Counts items of shards, and shows them, also while nothing comes. Any thread may tell it.
 
     Parameters
     ----------
@@ -36,9 +39,12 @@ class Progress:
         self.total, self.console, self.file, self.clock = total, console, file, clock
         self._shards: dict[int, tuple[int, int]] = {}
         self._done = self._failed = 0
-        self._before: int | None = None
+        self._before = 0
         self._began = self._lined = clock()
         self._filed = -EVERY_FILE + self._began
+        self._lock = threading.RLock()
+        self._over = threading.Event()
+        self._looks = threading.Thread(target=self._look, name="dycoke-progress", daemon=True)
         self._bar: Any = None
         self._task: Any = None
 
@@ -51,15 +57,14 @@ class Progress:
 
     def told(self, shard: int, done: int, failed: int) -> None:
         """As `known`, of what this run does."""
-        if shard not in self._shards:  # what a run before this one left in the shard's journal
-            self._before = (self._before or 0) + done
-        self.known(shard, done, failed)
-        self.show()
+        with self._lock:
+            self.known(shard, done, failed)
+            self.show()
 
     def state(self) -> dict[str, Any]:
         """What `file` holds."""
         seconds = self.clock() - self._began
-        rate = (self._done - (self._before or 0)) / seconds if seconds > 0 else 0.0
+        rate = (self._done - self._before) / seconds if seconds > 0 else 0.0
         left = self.total - self._done
         return {
             "done": self._done,
@@ -81,7 +86,14 @@ class Progress:
 
     def show(self, last: bool = False) -> None:
         """Where it is time to."""
-        now = self.clock()
+        with self._lock:
+            self._show(self.clock(), last)
+
+    def _look(self) -> None:
+        while not self._over.wait(EVERY_LOOK):
+            self.show()
+
+    def _show(self, now: float, last: bool) -> None:
         if last or now - self._filed >= EVERY_FILE:
             self._filed = now
             self._write()
@@ -95,8 +107,9 @@ class Progress:
 
     def _write(self) -> None:
         aside = self.file.with_suffix(".tmp")
-        aside.write_text(json.dumps(self.state()) + "\n")
-        os.replace(aside, self.file)
+        with contextlib.suppress(OSError):  # a full disk, of which the rows themselves will tell
+            aside.write_text(json.dumps(self.state()) + "\n")
+            os.replace(aside, self.file)
 
     def __enter__(self) -> Self:
         self._before, self._began = self._done, self.clock()
@@ -107,9 +120,12 @@ class Progress:
             self._bar = Bar(BarColumn(), TextColumn("{task.description}"), console=self.console)
             self._task = self._bar.add_task(self.line(), total=self.total, completed=self._done)
             self._bar.start()
+        self._looks.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._looks.join()
         self.show(last=True)
         if self._bar is not None:
             self._bar.stop()

@@ -13,13 +13,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dycoke.batch.items import BatchError, Item
-from dycoke.batch.journal import Journal, Row
+from dycoke.batch.journal import Journal, Row, rows_so_far
 
 PART = re.compile(r"part-(\d{6,})\.jsonl")
+MOST_SAID = 4  # settings that an error names
+JOURNAL = re.compile(r"(\d{6,})\.journal")
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,28 @@ class Folder:
 
     def journal(self, shard: int) -> Journal:
         """The journal of a shard, which nobody else has until it is closed; waits for that."""
-        return Journal(self.scratch() / f"{shard:06d}.journal")
+        return Journal(self._journal(shard))
+
+    def _journal(self, shard: int) -> Path:
+        return self.scratch() / f"{shard:06d}.journal"
 
     def parts(self) -> set[int]:
         """The shards that are done."""
         found = (PART.fullmatch(name) for name in os.listdir(self.path))
         return {int(match[1]) for match in found if match}
+
+    def journals(self) -> set[int]:
+        """The shards that were begun and are not done."""
+        found = (JOURNAL.fullmatch(name) for name in os.listdir(self.scratch()))
+        return {int(match[1]) for match in found if match}
+
+    def so_far(self, shard: int) -> tuple[int, int]:
+        """Items of a shard that have rows in its journal, and those of them that failed.
+
+        Whoever works on the shard goes on meanwhile.
+        """
+        rows = rows_so_far(self._journal(shard))
+        return len(rows), sum(any(row["error"] for row in own) for own in rows.values())
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Begin a run in these settings, or go on with one; several jobs may do so at once.
@@ -88,10 +107,17 @@ class Folder:
         Raises
         ------
         BatchError
-            Where one was begun here in other settings, or the folder is none or holds other things.
+            Where one was begun here in other settings, where nobody knows in which settings, or
+            where the folder cannot be written.
         """
         try:
             self.scratch().mkdir(parents=True, exist_ok=True)
+            # In this order: a job that is quicker has written its run.json before its first row.
+            if (self.parts() or self.journals()) and not self.run_file.exists():
+                raise BatchError(
+                    f"{self.path} has rows, and no run.json that says in which settings they were "
+                    "made; give another --out"
+                )
             with tempfile.NamedTemporaryFile("w", dir=self.scratch(), suffix=".run") as aside:
                 json.dump(settings, aside, indent=1)
                 aside.flush()
@@ -104,14 +130,21 @@ class Folder:
             raise BatchError(f"cannot write to {self.path}: {error.strerror or error}") from None
 
     def _check(self, settings: Mapping[str, Any]) -> None:
-        begun = self.settings()
-        wanted = json.loads(json.dumps(settings))
+        begun, wanted = _flat(self.settings()), _flat(json.loads(json.dumps(settings)))
         names = [n for n in {**begun, **wanted} if begun.get(n) != wanted.get(n)]
         if names:
-            said = "; ".join(f"{n} was {begun.get(n)!r}, now {wanted.get(n)!r}" for n in names)
+            # The digest of the inputs says nothing to anybody.
+            said = [
+                f"{n} are others"
+                if n == "inputs"
+                else f"{n} was {begun.get(n)!r}, now {wanted.get(n)!r}"
+                for n in names
+            ]
+            if len(said) > MOST_SAID:
+                said[MOST_SAID:] = [f"and {len(said) - MOST_SAID} more"]
             raise BatchError(
-                f"{self.path} was begun in other settings ({said}); go on with those, or give "
-                "another --out"
+                f"{self.path} was begun in other settings ({'; '.join(said)}); go on with those, "
+                "or give another --out"
             )
 
     def settings(self) -> dict[str, Any]:
@@ -137,13 +170,25 @@ class Folder:
     def sweep(self, shard: int) -> None:
         """Remove what a finished shard has left over where its process died at the very end."""
         shutil.rmtree(self.files(shard), ignore_errors=True)
-        (self.scratch() / f"{shard:06d}.journal").unlink(missing_ok=True)
+        self._journal(shard).unlink(missing_ok=True)
 
     def rows(self, shard: int) -> Iterator[Row]:
-        """The rows of a shard that is done."""
+        """The rows of a shard that is done.
+
+        Raises
+        ------
+        BatchError
+            Where somebody has changed them.
+        """
         with open(self.part(shard), encoding="utf-8") as file:
-            for line in file:
-                yield json.loads(line)
+            for number, line in enumerate(file, 1):
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    raise BatchError(
+                        f"{self.part(shard)}, line {number}: no row; remove this file, and its "
+                        "videos are asked again"
+                    ) from None
 
     def failures(self, shard: int, items: Sequence[Item]) -> list[int]:
         """Places of the items of a finished shard that have a row that failed."""
@@ -152,9 +197,16 @@ class Folder:
 
     def by_item(self, shard: int, items: Sequence[Item]) -> Iterator[list[Row]]:
         """The rows of a finished shard, those of each item together."""
-        rows = self.rows(shard)
+        rows = list(self.rows(shard))
+        wanted = [(question.id, question.prompt) for item in items for question in item.questions]
+        if [(row["id"], row["prompt"]) for row in rows] != wanted:
+            raise BatchError(
+                f"{self.part(shard)} has not the {len(wanted)} rows that its videos ask for; "
+                "remove this file, and they are asked again"
+            )
+        left = iter(rows)
         for item in items:
-            yield [next(rows) for _ in item.questions]
+            yield list(islice(left, len(item.questions)))
 
     def reopen(self, shard: int, items: Sequence[Item]) -> int:
         """Put the videos of a finished shard that failed back to work; how many there were.
@@ -177,3 +229,14 @@ class Folder:
             journal.sync()
             self.part(shard).unlink()
             return len(failed)
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of settings by a name of their own."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{name}.{inner}": own for inner, own in value.items()})
+        else:
+            flat[name] = value
+    return flat

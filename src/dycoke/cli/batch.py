@@ -65,7 +65,7 @@ def batch(
     ] = None,
     gpus: Annotated[
         float | None,
-        typer.Option(min=0, help="ray: GPUs of each worker [default: 1 where there are any]"),
+        typer.Option(min=0, help="ray: GPUs of each worker [default: 1 where the cluster has any]"),
     ] = None,
     shard: Annotated[
         str | None,
@@ -83,7 +83,11 @@ def batch(
         typer.Option(help="Exit with 1 where more rows than this failed, such as 5%."),
     ] = None,
     join: Annotated[
-        bool, typer.Option("--join", help="Only join the rows of all jobs into one file.")
+        bool,
+        typer.Option(
+            "--join",
+            help="Only join the rows of all jobs: into --out, or rows.jsonl in that folder.",
+        ),
     ] = False,
     device: options.Device = None,
     dtype: Annotated[str | None, typer.Option(help="Such as bfloat16 [default: by device]")] = None,
@@ -96,12 +100,13 @@ def batch(
     if runner not in ("local", "ray"):
         raise BadInput(f"--runner must be local or ray, got {runner!r}")
     limit = _share(fail_over)
-    joined = output if output.suffix in (".jsonl", ".parquet") else None
+    joined = _file_of(output)
     options.check_folder(output)
     folder = Folder(output if joined is None else f"{output}.parts")
     try:
         if join:
             _join(folder, joined or output / "rows.jsonl")
+            _end(_whole(folder), folder, limit, fail_over)
             return
         slice = None if shard is None else Slice.parse(shard)
         prompts = prompt or [DESCRIBE]
@@ -124,10 +129,35 @@ def batch(
             _join(folder, joined)
     except BatchError as error:
         raise BadInput(str(error)) from None
+    _end(whole, folder, limit, fail_over)
+
+
+def _file_of(output: Path) -> Path | None:
+    """The file that rows are joined in; None for a folder that keeps its parts."""
+    from dycoke.batch.items import BatchError, pyarrow
+    from dycoke.batch.join import JOINED
+
+    if output.suffix in (".json", ".csv", ".tsv", ".txt") and not output.is_dir():
+        raise BadInput(f"--out {output}: rows are joined to a {' or '.join(JOINED)} file")
+    if output.suffix == ".parquet":
+        try:
+            pyarrow(output)  # now, and not when all work is done
+        except BatchError as error:
+            raise BadInput(str(error)) from None
+    return output if output.suffix in JOINED else None
+
+
+def _end(whole: Summary, folder: Folder, limit: float | None, fail_over: str | None) -> None:
     _say(whole, folder)
     if limit is not None and whole.failed_share > limit:
         err.print(f"{whole.failed_share:.1%} of the rows failed, more than --fail-over {fail_over}")
         raise typer.Exit(1)
+
+
+def _whole(folder: Folder) -> Summary:
+    from dycoke.batch.join import summary
+
+    return summary(folder, range(folder.settings()["shards"]))
 
 
 def _share(text: str | None) -> float | None:
@@ -186,18 +216,15 @@ def _runner(
     address: str | None,
     gpus: float | None,
 ) -> Runner:
+    if name == "ray":
+        from dycoke.batch.on_ray import run_ray
+
+        return partial(run_ray, spec, folder, plan, workers, address=address, gpus=gpus)
     import torch
 
-    there = torch.cuda.device_count()
-    count = workers or max(1, there)
-    if name == "local":
-        from dycoke.batch.local import run_local
+    from dycoke.batch.local import run_local
 
-        return partial(run_local, spec, folder, plan, count)
-    from dycoke.batch.on_ray import run_ray
-
-    own = gpus if gpus is not None else float(there > 0)
-    return partial(run_ray, spec, folder, plan, count, address=address, gpus=own)
+    return partial(run_local, spec, folder, plan, workers or max(1, torch.cuda.device_count()))
 
 
 def _drive(
