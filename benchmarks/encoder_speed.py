@@ -158,7 +158,7 @@ def main() -> None:
         "hardware": hardware(torch.device("cpu")),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "lines": lines,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", f"benchmarks/{Path(__file__).name}", *sys.argv[1:]]),
     }
     print(json.dumps(result))
     if args.json:
