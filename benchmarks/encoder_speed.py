@@ -18,7 +18,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -112,6 +114,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="cut the encoder [default: all 26]")
     parser.add_argument("--size", type=int, default=384, help="pixels of a side")
     parser.add_argument("--dtype", help="[default: what the processor computes fastest in]")
+    parser.add_argument("--json", type=Path, help="write the result into this file, too")
     args = parser.parse_args()
 
     chosen = choose_format("cpu", args.dtype)
@@ -149,14 +152,17 @@ def main() -> None:
         "size": args.size,
         "layers": blocks,
         "skip_layer": args.skip_layer,
-        "video": args.video or "a rendered story",
+        "video": Path(args.video).name if args.video else "a rendered story",
         "dtype": name_of(chosen.dtype),
         "threads": torch.get_num_threads(),
         "hardware": hardware(torch.device("cpu")),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "lines": lines,
+        "command": shlex.join(["python", f"benchmarks/{Path(__file__).name}", *sys.argv[1:]]),
     }
     print(json.dumps(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

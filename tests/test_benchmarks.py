@@ -120,11 +120,14 @@ def test_encoder_memory(script: Script) -> None:
     assert line["ratio"] > 1 and line["counted_mib"] > 0
 
 
-def test_encoder_speed(script: Script) -> None:
+def test_encoder_speed(script: Script, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
     result = last(
         script("encoder_speed", "--layers", 1, "--size", 56, "--frames", 4, "--repeat", 1,
-               "--ratios", 0.5, 0.7)
+               "--ratios", 0.5, 0.7, "--json", file)
     )  # fmt: skip
+    assert json.loads(file.read_text()) == result
+    assert result["command"].startswith("python benchmarks/encoder_speed.py --layers 1 ")
     assert (result["frames"], result["layers"], result["dtype"]) == (4, 1, "float32")
     whole, *skipping = result["lines"]
     assert (whole["skip_ratio"], whole["computed"], whole["wall_s_ratio"]) == (0, 1, 1)

@@ -48,28 +48,33 @@ class Override:
         if key not in ALL_ATTENTION_FUNCTIONS:
             eagerly: Any = torch.compiler.disable  # a compiled model calls it as it is
             AttentionInterface.register(key, eagerly(_dispatch))
-        config = copy.copy(self.config)
-        config._attn_implementation_internal = key
-        if config._attn_implementation != key:
+        self.ours = copy.copy(self.config)
+        self.ours._attn_implementation_internal = key
+        if self.ours._attn_implementation != key:
             raise unknown("a config does not take its attention implementation")
-        patches.replace(module, "config", config)
+        self.attributes = vars(module)  # past nn.Module's own way of setting them, which is slow
+        patches.replace(module, "config", self.ours)
         patches.replace(module, OVERRIDE, self)
+
+    def lift(self, away: bool) -> None:
+        """Let the module call its own attention function for now, or the handler again."""
+        self.attributes["config"] = self.config if away else self.ours
 
     def _as_itself(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """The module's own attention function, seeing the module's own config."""
-        attributes = vars(module)  # past nn.Module's own way of setting them, which takes longer
-        ours, attributes["config"] = attributes["config"], self.config
+        self.lift(True)
         try:
             return self.inner(module, *args, **kwargs)
         finally:
-            attributes["config"] = ours
+            self.lift(False)
 
 
 def _dispatch(module: Any, *args: Any, **kwargs: Any) -> Any:
     override: Override = vars(module)[OVERRIDE]  # looked up past nn.Module, in every layer and step
     if len(args) < 3:
         raise unknown(f"{type(module).__name__} passes query, key and value by other names")
-    return override.handler(override.call, module, list(args), kwargs)
+    given = list(args) if len(args) > 3 else [*args, kwargs.pop("attention_mask", None)]
+    return override.handler(override.call, module, given, kwargs)
 
 
 def query_scores(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import tiny
 import torch
 import transformers
-from support import generate, inputs_of
+from support import generate, inputs_of, model_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StoppingCriteria
 
 from dycoke import DyCoke
+from dycoke.core.engine import Engine
 
 
 class Count(TorchDispatchMode):
@@ -65,3 +67,38 @@ def test_a_decode_step_costs_the_same_few_operations_at_any_depth(
     # The oldest supported release makes a mask in each step, which costs the library some more.
     assert 0 < few <= most + (0 if transformers.__version__ >= "5.24" else 20)
     assert many <= few
+
+
+@pytest.mark.skipif(transformers.__version__ < "5.24", reason="it hands a mask in each step")
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_upper_layers_are_left_to_themselves_where_no_mask_is_handed(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them looks; with a mask all attend as told, and so does the next prompt."""
+    layers, whole = 9, Engine._attend
+    calls = [0]
+
+    def attend(*args: Any) -> Any:
+        calls[-1] += 1
+        return whole(*args)
+
+    class Count(StoppingCriteria):  # type: ignore[misc]
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            calls.append(0)
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    monkeypatch.setattr(Engine, "_attend", attend)
+    model = model_of("llava_onevision", backend, layers=layers)
+    padded = inputs_of("llava_onevision", [[7], [7]], [(5, 7), (3, 7)])
+    upper, found = layers - 3, []
+    with DyCoke()(model):
+        for inputs in (ONE, padded, ONE):
+            calls[:] = [0]
+            generate(model, inputs, tokens=4, stopping_criteria=[Count()])
+            found.append(calls[:4])
+            stock = copy.deepcopy(model)
+            used = {m.config._attn_implementation for m in stock.modules() if hasattr(m, "config")}
+            assert used == {backend}
+    # The prompt, and three steps. Eager attention is handed a mask that hides nothing.
+    alone = [upper, 1, 1, 1] if backend == "sdpa" else [upper] * 4
+    assert found == [alone, [upper] * 4, alone]

@@ -123,7 +123,7 @@ def test_quantised_weights(family: str) -> None:
 @pytest.mark.parametrize("way", ["in place", "wrapped"])
 def test_a_compiled_model(way: str) -> None:
     family = "qwen2_5_vl"
-    model, inputs = tiny.FAMILIES[family].model(layers=2), inputs_of(family, *ONE)
+    model, inputs = tiny.FAMILIES[family].model(layers=3), inputs_of(family, *ONE)
     settings = DyCoke(prune_layer=1)
     expected, _ = compressed(model, settings, inputs, tokens=3)
     if way == "in place":

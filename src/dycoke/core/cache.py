@@ -286,11 +286,8 @@ class VideoCache(DynamicCache):
         slots, rows = generation.upper_rows.clone(), generation.upper
         samples, leaving, entering = pairs
         first, second = slots[samples, leaving], slots[samples, entering]
-        both, there, back = (
-            samples.repeat(2),
-            torch.cat([first, second]),
-            torch.cat([second, first]),
-        )
+        both, there = samples.repeat(2), torch.cat([first, second])
+        back = torch.cat([second, first])
         for table in self.tables:
             if table.upper:
                 table.exchange(both, there, back)

@@ -13,6 +13,7 @@ from torch import Tensor
 from dycoke.attention import query_scores
 from dycoke.compat import unknown
 from dycoke.core.cache_rules import DycokeCache
+from dycoke.core.forward import Forward
 from dycoke.core.method import Method
 from dycoke.core.prefill import row_map
 from dycoke.errors import UnsupportedError
@@ -29,6 +30,16 @@ def last_token_scores(
         newest = query[torch.arange(len(last), device=query.device), :, last.to(query.device)]
         newest = newest[:, :, None]
     return query_scores(newest, keys, scaling, key_mask)
+
+
+def drop_inside(method: Method, forward: Forward | None, inputs: dict[str, Any]) -> bool:
+    """Let an upper layer's ``inputs`` go on without the rows that leave at prefill; else False."""
+    if forward is None or forward.cache is None or not forward.prefill:
+        return False
+    if forward.source is None:
+        forward.source = drop_rows(method, inputs, forward.scores, forward.cache)
+    shorten_layer(inputs, forward.source, forward.cache.generation.lower.index.shape[1])
+    return True
 
 
 def drop_rows(

@@ -23,7 +23,7 @@ from dycoke import compat
 from dycoke.attention import Handler, Override, query_scores
 from dycoke.core import guards
 from dycoke.core.cache_rules import DycokeCache, adopt, prompt_of
-from dycoke.core.drop import drop_rows, last_token_scores, shorten_layer
+from dycoke.core.drop import drop_inside, last_token_scores
 from dycoke.core.echo import echoes_of
 from dycoke.core.echo_hooks import EchoHooks
 from dycoke.core.forward import Forward
@@ -95,7 +95,8 @@ class Engine:
         self._owner: int | None = None
         self._patches = Patches()
         self._generate: GenerateHooks | None = None
-        self._overridden = 0
+        self._overrides: list[Override] = []
+        self._liftable, self._lifted = self._overrides[:], False
 
     def install(self) -> None:
         with _INSTALLING:
@@ -119,10 +120,11 @@ class Engine:
                 if echoes is not None and i in plan.echoes:
                     handler = echoes.over(handler)
                 if handler is not None:
-                    Override(patches, compat.attention_of(layer), handler)
-                    self._overridden += 1
+                    self._overrides.append(Override(patches, compat.attention_of(layer), handler))
                 if plan.kind == "drop" and i in plan.upper:
                     patches.hook(layer, self._drop)
+            # The first of them goes on looking at what they are handed.
+            self._liftable = [x for x in self._overrides if x.handler == self._attend][1:]
             note_encoded(patches, self.base)
             for notes in filter(None, (self.vision, self.skips)):
                 notes.install(patches)
@@ -209,7 +211,7 @@ class Engine:
     ) -> tuple[tuple[()], dict[str, Any]]:
         self._acquire()
         forward = self._local.forward or Forward()
-        if self._overridden and self.decoder.config._attn_implementation != self.implementation:
+        if self._overrides and self.decoder.config._attn_implementation != self.implementation:
             raise guards.changed_attention(self.decoder, self.implementation)
         inputs = dict(self._named(module, args, kwargs))
         if inputs.get("inputs_embeds") is None:
@@ -230,6 +232,7 @@ class Engine:
     def _prefill(self, forward: Forward, cache: Any, inputs: dict[str, Any]) -> None:
         """Merge, shorten the prompt in ``inputs``, and take over the cache."""
         method, plan, embeds = self.method, self.layers, inputs["inputs_embeds"]
+        self._lift(False)
         cache = guards.checked_cache(
             cache, inputs.get("use_cache"), self.decoder, method, plan.kind == "drop"
         )
@@ -300,8 +303,7 @@ class Engine:
         record = self.records.known(cache, forward.length, several)
         forward.decode_step = record is not None
         if record is None:
-            reason = forward.reason or IDLE
-            record = self.records.start(cache, forward.videos, None, batch, reason)
+            record = self.records.start(cache, forward.videos, None, batch, forward.reason or IDLE)
         forward.record = record
 
     def _leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -315,8 +317,9 @@ class Engine:
             if cache is None:
                 self.records.measure(record, output, forward.length)
             else:
-                clear = not forward.prefill and forward.reached == self._overridden
-                fault = None if clear else guards.not_taken(self.decoder, forward, self._overridden)
+                wanted = len(self._overrides) - self._lifted * len(self._liftable)
+                clear = not forward.prefill and forward.reached == wanted
+                fault = None if clear else guards.not_taken(self.decoder, forward, wanted)
                 if fault is not None:
                     self._release()
                     raise fault
@@ -374,18 +377,10 @@ class Engine:
                     record.recalled = record.recalled + recalled
         cache.note(scores)
 
-    def _drop(
-        self, module: nn.Module, args: Any, kwargs: dict[str, Any]
-    ) -> tuple[tuple[()], dict[str, Any]] | None:
+    def _drop(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[()], Any] | None:
         """An upper layer at prefill: the first drops rows, all go on without them."""
-        forward = self.running
-        if forward is None or forward.cache is None or not forward.prefill:
-            return None
         inputs = dict(self._named(module, args, kwargs))
-        if forward.source is None:
-            forward.source = drop_rows(self.method, inputs, forward.scores, forward.cache)
-        shorten_layer(inputs, forward.source, forward.cache.generation.lower.index.shape[1])
-        return (), inputs
+        return ((), inputs) if drop_inside(self.method, self.running, inputs) else None
 
     def _attend(self, inner: Any, module: nn.Module, args: list[Any], kwargs: Any) -> Any:
         """The upper layers: the mask must follow their rows."""
@@ -397,14 +392,19 @@ class Engine:
                 if query.device not in masks:
                     masks[query.device] = self._upper_mask(forward, forward.cache, query)
                 mask = masks[query.device]
+                self._lift(mask is None and args[3] is None)
                 if isinstance(mask, Tensor) and mask.ndim == 4:
                     # Layers that share keys may be asked for the newest tokens only.
                     mask = mask[:, :, -query.shape[2] :]
-                if len(args) > 3:
-                    args[3] = mask
-                else:
-                    kwargs["attention_mask"] = mask
+                args[3] = mask
         return inner(module, *args, **kwargs)
+
+    def _lift(self, away: bool) -> None:
+        """Whether upper layers are left to themselves: they are handed no mask, and need none."""
+        if away != self._lifted:
+            self._lifted = away
+            for override in self._liftable:
+                override.lift(away)
 
     def _upper_mask(self, forward: Forward, cache: DycokeCache, query: Tensor) -> Any:
         """What the attention function wants as a mask over an upper layer's rows."""

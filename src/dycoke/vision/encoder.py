@@ -329,7 +329,7 @@ class Skips(Notes):
         rest = {
             name: value
             for name, value in kwargs.items()
-            if not name.startswith(("cu_seq", "max_length")) and name != "attention_mask"
+            if not name.startswith(("cu_seq", "max_length"))
         }
         attend = partial(inner, module)
         made = _by_size(attend, query, keys, values, lengths, all_lengths, rest)

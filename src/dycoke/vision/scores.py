@@ -100,7 +100,7 @@ class Vision(Notes):
         """Take in a call of the attention module."""
         call, query, keys = self._local.call, args[0], args[1]
         assert call is not None
-        mask = args[3] if len(args) > 3 else kwargs.get("attention_mask")
+        mask = args[3]
         starts = kwargs.get("cu_seq_lens_q")  # FlashAttention takes all slices at once
         lengths = [query.shape[2]] if starts is None else starts.diff().tolist()
         for q, k in zip(query.split(lengths, 2), keys.split(lengths, 2), strict=True):
