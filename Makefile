@@ -46,7 +46,7 @@ test-floor: $(FLOOR)/.installed
 # wheel is a third party's; beside its torch the C++ parts of torchvision, torchaudio and torchcodec
 # do not load everywhere, so that the latter two go and tests/vllm_torchvision.py helps the first.
 test-vllm: $(VLLM)/.installed
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/inside_vllm
 
 $(VLLM)/.installed: pyproject.toml
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)

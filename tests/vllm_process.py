@@ -3,7 +3,8 @@
     DYCOKE_VLLM='{"merge_ratio": 0.7}' python vllm_process.py < job.json
 
 A job has ``model``, ``engine`` (settings of ``vllm.LLM``), ``requests`` (each with ``prompt``,
-``videos``: files of frames, and ``max_tokens``), and ``rounds``: which requests are sent together.
+``videos`` and ``images``: files of arrays, and ``max_tokens``), and ``rounds``: which requests are
+sent together.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ os.environ.update(
 
 def main() -> None:
     import numpy as np
+    from PIL import Image
     from vllm import LLM, SamplingParams
 
     job: dict[str, Any] = json.load(sys.stdin)
@@ -36,7 +38,7 @@ def main() -> None:
         "max_model_len": 4096,
         "limit_mm_per_prompt": {
             "video": max(len(asked["videos"]) for asked in job["requests"]),
-            "image": 0,
+            "image": max(len(asked.get("images", [])) for asked in job["requests"]),
         },
         "seed": 0,
         **job["engine"],
@@ -45,9 +47,11 @@ def main() -> None:
 
     def request(asked: dict[str, Any]) -> dict[str, Any]:
         videos: list[Any] = [np.load(file) for file in asked["videos"]]
+        images = [Image.fromarray(np.load(file)) for file in asked.get("images", [])]
+        beside = {"image": images} if images else {}
         fps = asked.get("fps")
         if fps is None:
-            return {"prompt": asked["prompt"], "multi_modal_data": {"video": videos}}
+            return {"prompt": asked["prompt"], "multi_modal_data": {"video": videos, **beside}}
         with_times = [
             (
                 frames,
@@ -64,7 +68,7 @@ def main() -> None:
         ]
         return {
             "prompt": asked["prompt"],
-            "multi_modal_data": {"video": with_times},
+            "multi_modal_data": {"video": with_times, **beside},
             "mm_processor_kwargs": {"do_sample_frames": False, "fps": fps},
         }
 

@@ -26,6 +26,7 @@ import pytest
 import torch
 import vllm_process
 from numpy.typing import NDArray
+from PIL import Image
 
 from dycoke import DyCoke, nano
 from dycoke.nano import stories
@@ -39,6 +40,10 @@ FPS = 4.0
 """A Qwen2.5 frame's time is then one position: transformers and vLLM place the text behind a video
 anew where its time is longer than its sides."""
 NEW_TOKENS = 24
+IMAGE_BEFORE = (
+    ("<video>", "<image><video>"),
+    ("<|vision_start|>", "<|vision_start|><|image_pad|><|vision_end|><|vision_start|>"),
+)
 MODELS = ("llava_onevision", "llava_next_video", "qwen2_5_vl", "qwen3_vl")
 
 
@@ -72,9 +77,9 @@ def clips(name: str) -> list[NDArray[np.uint8]]:
 
 
 def rounds(name: str) -> list[list[int]]:
-    """A request, again from the prefix cache, beside another, and one with two videos."""
-    # vLLM takes one video for LLaVA-NeXT-Video.
-    return [[0], [0], [0, 1], [1] if name == "llava_next_video" else [2]]
+    """A request, again from the prefix cache, beside another, with two videos, with an image."""
+    # vLLM takes one video and no image for LLaVA-NeXT-Video.
+    return [[0], [0], [0, 1], *([] if name == "llava_next_video" else [[2], [3]])]
 
 
 def question(name: str, number: int) -> str:
@@ -95,17 +100,22 @@ def requests(name: str) -> list[dict[str, Any]]:
         files.append(str(folder() / f"{name}-{number}.npy"))
         np.save(files[-1], frames)
     out = []
-    some = [[0], [1], [1, 0]][: 2 if name == "llava_next_video" else 3]
-    for number, videos in enumerate(some):
+    image = str(folder() / f"{name}-image.npy")
+    np.save(image, clips(name)[1][-1])
+    some = [([0], []), ([1], []), ([1, 0], []), ([0], [image])]
+    for number, (videos, images) in enumerate(some[: 2 if name == "llava_next_video" else 4]):
         text = {"type": "text", "text": question(name, number)}
         content = [*({"type": "video"} for _ in videos), text]
         prompt = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
+        if images:
+            prompt = prompt.replace(*IMAGE_BEFORE[name.startswith("qwen")], 1)
         out.append(
             {
                 "prompt": prompt,
                 "videos": [files[v] for v in videos],
+                "images": images,
                 "max_tokens": NEW_TOKENS,
                 "fps": FPS if name.startswith("qwen") else None,
             }
@@ -144,6 +154,8 @@ def oracle(name: str, number: int, compressed: bool) -> dict[str, Any]:
             )
             for v in videos
         ]
+    if request["images"]:
+        how["images"] = [Image.fromarray(np.load(file)) for file in request["images"]]
     inputs = processor(text=[request["prompt"]], videos=videos, return_tensors="pt", **how)
     length = inputs["input_ids"].shape[1]
 
