@@ -45,7 +45,7 @@ from dycoke.evaluate.storyqa import ANSWER_TOKENS, TASKS, Scores, accuracy, prom
 from dycoke.nano import stories
 from dycoke.serve.load import CLIPS, Load, ask, bodies, turn_of
 
-RETENTION = 0.4583  # of DyCoke at K = .7 with windows of four frames
+RETENTION = 0.4583  # of nano's tokens at K = .7; the Qwen sees six frames, and keeps 230 of 432
 SETTINGS: dict[str, dict[str, Any] | None] = {
     "full": None,
     "dycoke K=0.3": {"merge_ratio": 0.3},
@@ -63,7 +63,7 @@ SERVERS: dict[str, dict[str, tuple[dict[str, Any] | None, list[str]]]] = {
     "qwen2_5_vl": {
         "full": (None, []),
         "dycoke K=0.7": (SETTINGS["dycoke K=0.7"], []),
-        "EVS (vLLM's), as much kept": (None, ["--video-pruning-rate", str(1 - RETENTION)]),
+        "EVS (vLLM's), as much kept": (None, ["--video-pruning-rate", str(1 - 230 / 432)]),
     },
 }
 
@@ -177,6 +177,7 @@ def server(
         port: int = probe.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
     command += ["--model", str(model), "--dtype", "float32", "--max-model-len", "4096"]
+    command += ["--max-num-batched-tokens", "4096"]  # at least a video's tokens
     command += ["--host", "127.0.0.1", "--port", str(port), "--no-enable-prefix-caching"]
     command += ["--media-io-kwargs", json.dumps({"video": {"num_frames": frames}})]
     command += ["--mm-processor-cache-gb", "0", "--disable-log-stats"]
