@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dycoke.batch.items import BatchError
-from dycoke.batch.on_ray import _Watch, placing
+from dycoke.batch.on_ray import Births, _Watch, placing
 from dycoke.batch.shards import Folder
 
 
@@ -37,3 +37,14 @@ def test_shards_are_told_of_while_they_are_under_way(tmp_path: Path) -> None:
         watch.finished(0, 4, 1)
         watch.look()
     assert told == [(0, 1, 1), (0, 4, 1)]
+
+
+def test_deaths_before_there_is_a_model_are_counted(tmp_path: Path) -> None:
+    births = Births(tmp_path / "loading", workers=2)
+    assert births.begin() == births.begin() == ""  # both load
+    births.done()
+    # Three that die beside one that loads: the next may not.
+    assert [births.begin() for _ in range(4)] == [""] * 4
+    assert "3 workers or more in a row died before they had a model" in births.begin()
+    births.end()
+    assert not list(tmp_path.iterdir())

@@ -105,3 +105,16 @@ def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(BatchError, match=r"cannot begin: OSError: .*nowhere") as raised:
         drive(items_of("a0"), Folder(tmp_path), {}, runner)
     assert len(str(raised.value).splitlines()) == 1 and len(str(raised.value)) < 300
+
+
+@minutes
+def test_workers_that_die_before_they_have_a_model_end_the_run(tmp_path: Path) -> None:
+    environment = {"env_vars": {"PYTHONPATH": PATH}}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+    try:
+        runner = partial(run_ray, Stub(born=False), Folder(tmp_path), Plan(), 1)
+        with pytest.raises(BatchError, match="3 workers or more in a row died before"):
+            drive(items_of("a0"), Folder(tmp_path), {}, runner)
+    finally:
+        ray.shutdown()
+    assert not list((tmp_path / "work").glob("loading-*"))

@@ -6,8 +6,11 @@ import importlib
 import json
 import logging
 import os
+import shutil
 import threading
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 from dycoke.batch.items import BatchError, Item
@@ -16,7 +19,38 @@ from dycoke.batch.shards import Folder
 from dycoke.batch.worker import Plan, Spec, Worker
 
 EVERY_LOOK = 2.0  # seconds
-DEATHS = "max_consecutive_actor_init_deaths"  # Ray Data's name; older ones have none
+
+
+class Births:
+    """Counts workers that die before they have a model, over processes and machines.
+
+    Ray begins such a worker again without end. Each leaves a file before it loads, and one that has
+    loaded takes all away: what is left are deaths in a row, and those that load at this moment.
+
+    Parameters
+    ----------
+    path : a folder of this run alone.
+    workers : that may load at once.
+    """
+
+    def __init__(self, path: Path, workers: int) -> None:
+        self.path, self.most = path, STILLBORN + workers - 1
+
+    def begin(self) -> str:
+        """Why no more of them should begin; empty where one may."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if len(list(self.path.iterdir())) >= self.most:
+            return f"{STILLBORN} workers or more in a row died before they had a model"
+        (self.path / uuid.uuid4().hex).touch()
+        return ""
+
+    def done(self) -> None:
+        """The model is there, or could not be had for a reason that is said."""
+        for mark in self.path.iterdir():
+            mark.unlink(missing_ok=True)  # another may do the same
+
+    def end(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 class Actor:
@@ -27,12 +61,15 @@ class Actor:
     makes pages of it.
     """
 
-    def __init__(self, spec: Spec, path: str, plan: Plan) -> None:
-        self.path, self.fault = path, ""
+    def __init__(self, spec: Spec, path: str, plan: Plan, births: Births) -> None:
+        self.path, self.fault = path, births.begin()
+        if self.fault:
+            return
         try:
             self.worker = Worker(spec.build(), Folder(path), plan)
         except Exception as error:
             self.fault = cannot_begin(error)
+        births.done()
 
     def __call__(self, given: dict[str, Any]) -> dict[str, Any]:
         done = failed = 0
@@ -133,6 +170,7 @@ def run_ray(
         data: Any = importlib.import_module("ray.data")
     except ImportError:
         raise BatchError("--runner ray needs Ray: pip install 'dycoke[batch]' brings it") from None
+    births: Births | None = None
     ours = not ray.is_initialized()
     own = ours and not (address or os.environ.get("RAY_ADDRESS"))
     try:
@@ -143,16 +181,16 @@ def run_ray(
         count, each = placing(ray.cluster_resources(), workers, gpus, own)
         context = data.DataContext.get_current()
         context.enable_progress_bars = False
-        if hasattr(context, DEATHS):
-            setattr(context, DEATHS, STILLBORN - 1)
         given = [
             {"shard": shard, "items": json.dumps([item.to_dict() for item in items])}
             for shard, items in sorted(shards.items())
         ]
+        actors = min(count, len(given))
+        births = Births(folder.scratch() / f"loading-{uuid.uuid4().hex}", actors)
         rows = data.from_items(given, override_num_blocks=len(given)).map(
             Actor,
-            fn_constructor_args=(spec, str(folder.path), plan),
-            compute=data.ActorPoolStrategy(size=min(count, len(given))),
+            fn_constructor_args=(spec, str(folder.path), plan, births),
+            compute=data.ActorPoolStrategy(size=actors),
             num_cpus=1,
             num_gpus=each,
         )
@@ -166,3 +204,5 @@ def run_ray(
     finally:
         if ours:
             ray.shutdown()
+        if births is not None:
+            births.end()
