@@ -47,6 +47,7 @@ def last(printed: str) -> Any:
     return json.loads(printed.splitlines()[-1])
 
 
+@pytest.mark.once
 def test_batch_throughput() -> None:
     # In a process of its own: its workers import it.
     command = [
@@ -62,6 +63,7 @@ def test_batch_throughput() -> None:
     assert found["videos"] == 8 and found["1_workers"]["ms_per_video"] > 0
 
 
+@pytest.mark.once
 def test_serve_soak(script: Script) -> None:
     result = last(script("serve_soak", "--requests", 12, "--minutes", 1, "--clients", 2))
     assert (result["requests"], result["wrong"]) == (12, 0) and result["right"] >= 3
@@ -164,12 +166,14 @@ def test_memory(script: Script, monkeypatch: Any) -> None:
     assert len({line["kept"] for line in result["lines"]}) == 1  # chunks change nothing
 
 
+@pytest.mark.once
 def test_echo_memory(script: Script) -> None:
     result = last(script("echo_memory", "--frames", 3, "--width", 64))
     assert [line["frames"] for line in result["lines"]] == [3]
     assert {"dycoke", "dycoke+", "more_per_frame_mib"} <= set(result["lines"][0])
 
 
+@pytest.mark.once
 def test_encoder_motion(script: Script) -> None:
     lines = script("encoder_motion", "--clips", 1).splitlines()
     found = {line[:42].strip(): [float(x) for x in line[42:].split()] for line in lines[1:]}
@@ -180,6 +184,7 @@ def test_encoder_motion(script: Script) -> None:
 
 
 @pytest.mark.skipif(transformers.__version__ < "5.23", reason="it does not take features")
+@pytest.mark.once
 def test_encoder_accuracy(script: Script) -> None:
     lines = script("encoder_accuracy", "--stories", 2, "--seed", 7).splitlines()
     shares = {line[:20].strip(): [float(x) for x in line[20:].split()] for line in lines[:9]}

@@ -13,6 +13,8 @@ from dycoke.cli import bench
 from dycoke.cli.console import BadInput, out
 from dycoke.serve.load import Load, LoadError, ask, bodies, serving
 
+pytestmark = pytest.mark.once
+
 
 def test_a_small_load(tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "load.json"

@@ -19,7 +19,7 @@ from dycoke.methods import create
 from dycoke.nano import stories
 from dycoke.video import read
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.once]
 
 STORY = 3  # the first that the page offers
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
