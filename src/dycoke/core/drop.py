@@ -5,6 +5,7 @@ The lower layers hold every row of the shortened prompt, the upper ones only wha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,14 +33,20 @@ def last_token_scores(
     return query_scores(newest, keys, scaling, key_mask)
 
 
-def drop_inside(method: Method, forward: Forward | None, inputs: dict[str, Any]) -> bool:
-    """Let an upper layer's ``inputs`` go on without the rows that leave at prefill; else False."""
+def drop_inside(
+    method: Method, forward: Forward | None, named: Callable[[], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """An upper layer's inputs without the rows that leave at prefill; None where none leave.
+
+    ``named`` tells the inputs by name, and is not asked in a decode step: there it would cost.
+    """
     if forward is None or forward.cache is None or not forward.prefill:
-        return False
+        return None
+    inputs = dict(named())
     if forward.source is None:
         forward.source = drop_rows(method, inputs, forward.scores, forward.cache)
     shorten_layer(inputs, forward.source, forward.cache.generation.lower.index.shape[1])
-    return True
+    return inputs
 
 
 def drop_rows(

@@ -379,8 +379,8 @@ class Engine:
 
     def _drop(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[()], Any] | None:
         """An upper layer at prefill: the first drops rows, all go on without them."""
-        inputs = dict(self._named(module, args, kwargs))
-        return ((), inputs) if drop_inside(self.method, self.running, inputs) else None
+        inputs = drop_inside(self.method, self.running, lambda: self._named(module, args, kwargs))
+        return None if inputs is None else ((), inputs)
 
     def _attend(self, inner: Any, module: nn.Module, args: list[Any], kwargs: Any) -> Any:
         """The upper layers: the mask must follow their rows."""
