@@ -19,7 +19,7 @@ from dycoke.batch.worker import Loaded
 from dycoke.batching import Row as Place
 from dycoke.batching import answer_rows, collate, pad_of, shapes
 from dycoke.compressor import Compressor
-from dycoke.models.locate import Finder, frame_source_of
+from dycoke.models.locate import frame_source_of, visual_tokens
 from dycoke.report import Report
 from dycoke.timing import Timings
 from dycoke.video import Video, read
@@ -116,10 +116,9 @@ class ModelAnswerer:
 
     def _all_tokens(self, inputs: dict[str, Any]) -> dict[str, int]:
         """The visual tokens of a prompt, all of which the full model keeps and attends to."""
-        config = self.assistant.model.base_model.config
-        spans = Finder(config, None, frame_source_of(config)).find(config, inputs)
-        count = sum(span.positions.numel() for span in spans)
-        return dict.fromkeys(("visual", "kept", "active"), count)
+        config = self.assistant.model.config
+        count = visual_tokens(config, inputs, frame_source_of(config))
+        return dict.fromkeys(("visual", "kept", "active"), count) if count else {}
 
     def answer(self, items: Sequence[Item], loaded: Sequence[Loaded]) -> list[list[Reply]]:
         """One left-padded batch of videos with a question each; or all questions of one video."""
