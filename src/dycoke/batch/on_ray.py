@@ -45,7 +45,7 @@ class Births:
         return ""
 
     def done(self) -> None:
-        """The model is there, or could not be had for a reason that is said."""
+        """The model is there."""
         for mark in self.path.iterdir():
             mark.unlink(missing_ok=True)  # another may do the same
 
@@ -62,14 +62,14 @@ class Actor:
     """
 
     def __init__(self, spec: Spec, path: str, plan: Plan, births: Births) -> None:
-        self.path, self.fault = path, births.begin()
-        if self.fault:
-            return
+        self.path = path
         try:
-            self.worker = Worker(spec.build(), Folder(path), plan)
+            self.fault = births.begin()
+            if not self.fault:
+                self.worker = Worker(spec.build(), Folder(path), plan)
+                births.done()
         except Exception as error:
             self.fault = cannot_begin(error)
-        births.done()
 
     def __call__(self, given: dict[str, Any]) -> dict[str, Any]:
         done = failed = 0
