@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from dycoke.serve.app import Server
 
 MIB = 1 << 20
+METHOD = "dycoke+"
+"""What requests get that name no method, of `dycoke view`, too."""
 
 
 def serve(
@@ -32,7 +34,7 @@ def serve(
     ] = None,
     method: Annotated[
         str, typer.Option(help="For requests that name none, see dycoke methods.")
-    ] = "dycoke+",
+    ] = METHOD,
     retention: options.Retention = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
@@ -86,7 +88,7 @@ def serve(
 
     def make() -> Server:
         settings = Settings(
-            name=name or (Path(model).name if model else "nano"),
+            name=name or model_name(model),
             compressor=compressor,
             method=None if compressor is None else method,
             keys=tuple(api_key or ()),
@@ -119,6 +121,11 @@ def needs_extra() -> None:
             f"{' and '.join(missing)} not installed; pip install 'dycoke[serve]' brings what a "
             "server needs"
         )
+
+
+def model_name(model: str | None) -> str:
+    """What requests call a model that was given no name."""
+    return Path(model).name if model else "nano"
 
 
 def run(make: Callable[[], Server], host: str, port: int, opened: bool = False) -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dycoke.cli import options
-from dycoke.cli.serve import needs_extra, run
+from dycoke.cli.serve import METHOD, model_name, needs_extra, run
 from dycoke.cli.session import load_assistant
 
 if TYPE_CHECKING:
     from dycoke.serve.app import Server
-
-METHOD = "dycoke+"  # as `dycoke serve` has it
 
 
 def view(
@@ -34,7 +31,7 @@ def view(
         from dycoke.serve.app import Server, Settings
 
         settings = Settings(
-            name=Path(model).name if model else "nano",
+            name=model_name(model),
             compressor=options.method_of(METHOD, None, {}),
             method=METHOD,
             viewer=True,

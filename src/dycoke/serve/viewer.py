@@ -10,7 +10,6 @@ import asyncio
 import functools
 import io
 import json
-import logging
 import tempfile
 import threading
 import time
@@ -38,12 +37,11 @@ from dycoke.methods import METHODS, choose
 from dycoke.nano import stories
 from dycoke.serve import media
 from dycoke.serve.bodies import read_body
-from dycoke.serve.protocol import ApiError, parse_json
+from dycoke.serve.protocol import LOG, ApiError, parse_json
 from dycoke.serve.steps import WATCHED_FULL, Event, Steps
 from dycoke.serve.work import source_of
 from dycoke.video import Video, read
 
-LOG = logging.getLogger("dycoke.serve")
 Submit = Callable[[Callable[[], None]], Any]
 """Runs a job in the thread that generates, in turn; raises `queue.Full` where too many wait."""
 
