@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
 import sys
 import tempfile
@@ -250,15 +249,11 @@ def main() -> None:
     args = parser.parse_args()
     run = {"overhead": overhead, "ray": against_ray, "batches": batches, "memory": memory}
     found = run[args.what](args)
-    import torch  # late, since workers of a stub have none
-
-    from dycoke.bench.results import hardware, versions
+    from dycoke.bench.results import origin  # late, since workers of a stub have no torch
 
     content = {
-        "command": shlex.join(["python", *sys.argv]),
-        "hardware": hardware(torch.device("cpu")),
+        **origin(["python", *sys.argv], "cpu"),
         "cores": os.cpu_count(),
-        "versions": versions(),
         "what": args.what,
         "videos": args.videos,
         **found,

@@ -24,16 +24,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +37,10 @@ import numpy as np
 import vllm_checkpoints  # type: ignore[import-not-found]
 import vllm_process  # type: ignore[import-not-found]
 
+from dycoke.bench.results import origin
 from dycoke.evaluate.storyqa import ANSWER_TOKENS, TASKS, Scores, accuracy, prompts_about
 from dycoke.nano import stories
-from dycoke.serve.load import CLIPS, Load, ask, bodies, turn_of
+from dycoke.serve.load import CLIPS, turn_of
 
 RETENTION = 0.4583  # of nano's tokens at K = .7; the Qwen sees six frames, and keeps 230 of 432
 SETTINGS: dict[str, dict[str, Any] | None] = {
@@ -70,20 +65,6 @@ SERVERS: dict[str, dict[str, tuple[dict[str, Any] | None, list[str]]]] = {
 }
 
 
-def environment(settings: dict[str, Any] | None) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k != "DYCOKE_VLLM"}
-    if settings is not None:
-        kept["DYCOKE_VLLM"] = json.dumps(settings)
-    return {
-        **kept,
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "no_proxy": "127.0.0.1",
-    }
-
-
 def stock_repair(folder: Path) -> str:
     """A folder for PYTHONPATH that lets vLLM's own EVS and VidCom2 run on a CPU.
 
@@ -99,27 +80,6 @@ def stock_repair(folder: Path) -> str:
         "[vllm.general_plugins]\ndycoke_repair = dycoke_repair:register\n"
     )
     return str(folder)
-
-
-def answers(model: Path, settings: dict[str, Any] | None, requests: Sequence[Any]) -> list[Any]:
-    job = {
-        "model": str(model),
-        "engine": {},
-        "requests": requests,
-        "rounds": [[*range(len(requests))]],
-    }
-    done = subprocess.run(
-        [sys.executable, vllm_process.__file__],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        env=environment(settings),
-    )
-    for line in done.stdout.splitlines():
-        if line.startswith(vllm_process.MARK):
-            said: list[Any] = json.loads(line.removeprefix(vllm_process.MARK))[0]
-            return said
-    raise SystemExit(f"the engine ended with {done.returncode}:\n{done.stderr[-3000:]}")
 
 
 def tell_stories(args: argparse.Namespace) -> dict[str, Any]:
@@ -150,7 +110,8 @@ def tell_stories(args: argparse.Namespace) -> dict[str, Any]:
         table = []
         for name, settings in SETTINGS.items():
             scores = found[name] = Scores(ask=[(0, 0)] * len(told), describe=[(0, 0)] * len(told))
-            said = answers(model, settings, requests)
+            job = {"model": str(model), "engine": {}, "requests": requests}
+            said = vllm_process.answers({**job, "rounds": [[*range(len(requests))]]}, settings)[0]
             for row, one in zip(rows, said, strict=True):
                 scores.count(row, one["text"], told[row.story], (0, 0, 0))
             full = found["full"] if name != "full" else None
@@ -169,90 +130,53 @@ def tell_stories(args: argparse.Namespace) -> dict[str, Any]:
     return {"stories": args.stories, "seed": args.seed, "table": table}
 
 
-@contextmanager
-def server(
-    model: Path, settings: dict[str, Any] | None, frames: int, more: Sequence[str]
-) -> Iterator[int]:
-    """The port of vLLM's server, ready, which ends with the block."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
-    command += ["--model", str(model), "--dtype", "float32", "--max-model-len", "4096"]
-    command += ["--max-num-batched-tokens", "4096"]  # at least a video's tokens
-    command += ["--host", "127.0.0.1", "--port", str(port), "--no-enable-prefix-caching"]
-    command += ["--media-io-kwargs", json.dumps({"video": {"num_frames": frames}})]
-    command += ["--mm-processor-cache-gb", "0", "--disable-log-stats"]
-    command += ["--limit-mm-per-prompt", json.dumps({"video": 1, "image": 0}), *more]
-    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as said:
-        paths = (
-            {"PYTHONPATH": stock_repair(Path(scratch))} if "--video-pruning-rate" in more else {}
-        )
-        process = subprocess.Popen(
-            command, env=environment(settings) | paths, stdout=said, stderr=said
-        )
-        try:
-            while True:
-                if process.poll() is not None:
-                    said.seek(0)
-                    raise SystemExit(f"the server ended:\n{said.read()[-3000:]}")
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
-                    break
-                except (urllib.error.URLError, OSError):
-                    time.sleep(1)
-            yield port
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def prompt_tokens(port: int, body: bytes) -> int:
-    """How long the server says a prompt is."""
-    plain = {**json.loads(body), "stream": False}
-    plain.pop("stream_options")
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/chat/completions",
-        json.dumps(plain).encode(),
-        {"content-type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=600) as answer:
-        return int(json.loads(answer.read())["usage"]["prompt_tokens"])
-
-
-def asked_about(frames: int, new_tokens: int) -> list[bytes]:
+def asked_about(frames: int, new_tokens: int) -> list[dict[str, Any]]:
     """Requests, each about a story of its own that is as long as asked for."""
+    asked = []
     with tempfile.TemporaryDirectory() as folder:
-        out = []
         for seed in range(CLIPS):
             clip = Path(folder) / f"{seed}.mp4"
             stories.write(stories.make("seen", seed, frames=frames), clip)
-            load = Load(methods=("full",), video=str(clip), frames=frames, new_tokens=new_tokens)
-            body = json.loads(bodies(load)["full"][0])
-            del body["dycoke"], body["media_io_kwargs"]  # which vLLM takes from its operator
-            out.append(json.dumps({**body, "ignore_eos": True, "temperature": 0}).encode())
-    return out
+            body = vllm_process.about(clip, frames, new_tokens)
+            asked.append({**body, "ignore_eos": True})
+    return asked
+
+
+def server_of(
+    stack: ExitStack, model: Path, frames: int, settings: dict[str, Any] | None, more: list[str]
+) -> int:
+    """The port of a server that keeps nothing from one request to the next."""
+    own = ["--max-num-batched-tokens", "4096"]  # at least a video's tokens
+    own += ["--media-io-kwargs", json.dumps({"video": {"num_frames": frames}})]
+    own += ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0", "--disable-log-stats"]
+    paths = None
+    if "--video-pruning-rate" in more:
+        paths = stock_repair(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+    port: int = stack.enter_context(vllm_process.server(model, settings, *own, *more, paths=paths))
+    return port
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Requests per second and time to the first token, all servers in turn."""
     asked = asked_about(args.frames, args.new_tokens)
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    sent = [json.dumps({**body, **streamed}).encode() for body in asked]
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         make = "llava_onevision" if args.model == "nano" else args.model
         model = getattr(vllm_checkpoints, make)(Path(scratch))
         ports: dict[str, int] = {}
         lines: list[dict[str, Any]] = []
         for name, (settings, more) in SERVERS[args.model].items():
-            ports[name] = stack.enter_context(server(model, settings, args.frames, more))
-            ask(ports[name], asked[0])
-            lines.append({"name": name, "prompt_tokens": prompt_tokens(ports[name], asked[0])})
+            ports[name] = server_of(stack, model, args.frames, settings, more)
+            usage = vllm_process.chat(ports[name], asked[0])["usage"]  # warms it up, too
+            lines.append({"name": name, "prompt_tokens": usage["prompt_tokens"]})
             print(f"{name:32} prompt {lines[-1]['prompt_tokens']}", flush=True)
         for at_once in args.concurrency:
             turns: dict[str, list[dict[str, float]]] = {name: [] for name in ports}
             for _ in range(args.repeat):
                 for name, port in ports.items():
                     count = max(args.requests, 2 * at_once)
-                    turns[name].append(turn_of(port, asked, at_once, count))
+                    turns[name].append(turn_of(port, sent, at_once, count))
             for line in lines:
                 own = turns[line["name"]]
                 middle = {k: statistics.median(turn[k] for turn in own) for k in own[0]}
@@ -279,8 +203,18 @@ def main() -> None:
     timed.add_argument("--requests", type=int, default=16)
     timed.add_argument("--repeat", type=int, default=3)
     timed.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
+    for command in (told, timed):
+        command.add_argument("--json", type=Path, help="File for the result.")
     args = parser.parse_args()
-    print(json.dumps(tell_stories(args) if args.command == "accuracy" else measure(args)))
+    found = tell_stories(args) if args.command == "accuracy" else measure(args)
+    import vllm
+
+    content = origin(["python", *sys.argv], "cpu")
+    content["versions"]["vllm"] = vllm.__version__
+    content |= {"cores": os.cpu_count(), **found}
+    if args.json is not None:
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps(content))
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ SIZE = {"size": {"shortest_edge": 16 * 16, "longest_edge": 24 * 24}}
 CLIP = {"size": {"shortest_edge": 16 * 16, "longest_edge": 40 * 16 * 24}}  # of all frames together
 
 
-def qwen2_5_vl(folder: Path) -> Path:
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
     special = {
         tiny.IMAGE: "<|image_pad|>",
         tiny.VIDEO: "<|video_pad|>",
@@ -94,14 +94,21 @@ def qwen2_5_vl(folder: Path) -> Path:
         tiny.VISION_END: "<|vision_end|>",
         tiny.EOS + 1: "<|im_start|>",
     }
-    sizes = {**PATCHES, "temporal_patch_size": 2, **SIZE}
-    processor = Qwen2_5_VLProcessor(
+    return _tokenizer(special)
+
+
+def qwen2_5_processor(size: dict[str, Any]) -> Qwen2_5_VLProcessor:
+    sizes = {**PATCHES, "temporal_patch_size": 2, **size}
+    return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**sizes),
-        tokenizer=_tokenizer(special),
+        tokenizer=qwen_tokenizer(),
         video_processor=Qwen2VLVideoProcessor(**sizes),
         chat_template=QWEN_TEMPLATE,
     )
-    return _save(tiny.qwen2_5_vl(), processor, folder / "qwen2_5_vl")
+
+
+def qwen2_5_vl(folder: Path) -> Path:
+    return _save(tiny.qwen2_5_vl(), qwen2_5_processor(SIZE), folder / "qwen2_5_vl")
 
 
 def glm4v(folder: Path) -> Path:

@@ -14,9 +14,7 @@ from transformers import (
     LlavaNextVideoProcessor,
     LlavaNextVideoVideoProcessor,
     PreTrainedModel,
-    Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
@@ -28,14 +26,6 @@ WIDE = {"hidden_size": 4 * HEAD, "head_dim": HEAD}
 SECTION = [4, 6, 6]
 SIDE = 48
 """Pixels of a frame's side; 36 tokens of Qwen's."""
-QWEN_SPECIAL = {
-    tiny.IMAGE: "<|image_pad|>",
-    tiny.VIDEO: "<|video_pad|>",
-    tiny.VISION_START: "<|vision_start|>",
-    tiny.VISION_END: "<|vision_end|>",
-    tiny.EOS + 1: "<|im_start|>",
-}
-SIZES = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
 LARGE = {"size": {"shortest_edge": 16 * 16, "longest_edge": 64 * SIDE * SIDE}}
 
 
@@ -73,22 +63,18 @@ def _rope(model: PreTrainedModel, **more: Any) -> dict[str, Any]:
 
 
 def qwen2_5_vl(folder: Path) -> Path:
-    processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**SIZES, **LARGE),
-        tokenizer=checkpoints._tokenizer(QWEN_SPECIAL),
-        video_processor=Qwen2VLVideoProcessor(**SIZES, **LARGE),
-        chat_template=checkpoints.QWEN_TEMPLATE,
-    )
     model = tiny.qwen2_5_vl()
+    processor = checkpoints.qwen2_5_processor(LARGE)
     return checkpoints._save(_wider(model, **_rope(model)), processor, folder / "qwen2_5_vl")
 
 
 def qwen3_vl(folder: Path) -> Path:
     half = [0.5] * 3  # vLLM normalises videos as the image processor says, as hubs' say the same
+    sizes = {**checkpoints.PATCHES, "temporal_patch_size": 2, **LARGE}
     processor = Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**SIZES, **LARGE, image_mean=half, image_std=half),
-        tokenizer=checkpoints._tokenizer(QWEN_SPECIAL),
-        video_processor=Qwen3VLVideoProcessor(**SIZES, **LARGE),
+        image_processor=Qwen2VLImageProcessor(**sizes, image_mean=half, image_std=half),
+        tokenizer=checkpoints.qwen_tokenizer(),
+        video_processor=Qwen3VLVideoProcessor(**sizes),
         chat_template=checkpoints.QWEN_TEMPLATE,
     )
     model = tiny.qwen3_vl()

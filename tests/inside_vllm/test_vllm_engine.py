@@ -7,16 +7,11 @@ those of the full model are.
 
 from __future__ import annotations
 
-import base64
 import json
-import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +29,7 @@ from dycoke.nano import stories
 pytest.importorskip("vllm", reason="needs vLLM: `make test-vllm`")
 pytestmark = pytest.mark.timeout(900)
 
+SCRATCH = tempfile.TemporaryDirectory(prefix="dycoke-vllm-")  # gone when the process ends
 SETTINGS = {"merge_ratio": 0.7}
 METHOD = DyCoke(prune_ratio=0, merge_ratio=SETTINGS["merge_ratio"])
 FPS = 4.0
@@ -47,11 +43,8 @@ IMAGE_BEFORE = (
 MODELS = ("llava_onevision", "llava_next_video", "qwen2_5_vl", "qwen3_vl")
 
 
-@cache
 def folder() -> Path:
-    import tempfile
-
-    return Path(tempfile.mkdtemp(prefix="dycoke-vllm-"))
+    return Path(SCRATCH.name)
 
 
 @cache
@@ -145,15 +138,7 @@ def oracle(name: str, number: int, compressed: bool) -> dict[str, Any]:
     how: dict[str, Any] = {}
     if request["fps"]:
         how = {"do_sample_frames": False, "fps": FPS}
-        how["video_metadata"] = [
-            VideoMetadata(
-                total_num_frames=len(v),
-                fps=FPS,
-                duration=len(v) / FPS,
-                frames_indices=list(range(len(v))),
-            )
-            for v in videos
-        ]
+        how["video_metadata"] = [VideoMetadata(**vllm_process.times(len(v), FPS)) for v in videos]
     if request["images"]:
         how["images"] = [Image.fromarray(np.load(file)) for file in request["images"]]
     inputs = processor(text=[request["prompt"]], videos=videos, return_tensors="pt", **how)
@@ -195,20 +180,7 @@ def send(name: str, settings: dict[str, Any] | None, **engine: Any) -> Any:
         "rounds": rounds(name),
         "ignore_eos": True,
     }
-    environment = {k: v for k, v in os.environ.items() if k != "DYCOKE_VLLM"}
-    if settings is not None:
-        environment["DYCOKE_VLLM"] = json.dumps(settings)
-    done = subprocess.run(
-        [sys.executable, vllm_process.__file__],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    for line in done.stdout.splitlines():
-        if line.startswith(vllm_process.MARK):
-            return json.loads(line.removeprefix(vllm_process.MARK))
-    pytest.fail(f"the engine ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    return vllm_process.answers(job, settings)
 
 
 @cache
@@ -304,7 +276,7 @@ def test_what_is_refused_says_so(tmp_path: Path) -> None:
             [sys.executable, "-c", script, str(path), str(rate)],
             capture_output=True,
             text=True,
-            env={**os.environ, "DYCOKE_VLLM": json.dumps(SETTINGS), "HF_HUB_OFFLINE": "1"},
+            env=vllm_process.environment(SETTINGS),
         )
         assert done.returncode != 0
         return done.stderr
@@ -316,92 +288,21 @@ def test_what_is_refused_says_so(tmp_path: Path) -> None:
     assert "--video-pruning-rate 0.5 and DYCOKE_VLLM both say" in both
 
 
-@pytest.fixture
-def server() -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
-    """vLLM's OpenAI server with nano, all of its processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "DYCOKE_VLLM": json.dumps(SETTINGS),
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "no_proxy": "127.0.0.1",
-    }
-    arguments = {
-        "--model": checkpoint("llava_onevision"),
-        "--served-model-name": "nano",
-        "--dtype": "float32",
-        "--max-model-len": 4096,
-        "--host": "127.0.0.1",
-        "--port": port,
-        "--limit-mm-per-prompt": json.dumps({"video": 1, "image": 0}),
-    }
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
-    command += [str(part) for pair in arguments.items() for part in pair]
-    log = folder() / "server.log"
-    with log.open("w") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
-    base = f"http://127.0.0.1:{port}"
-
-    def call(path: str, body: dict[str, Any] | None) -> Any:
-        request = urllib.request.Request(
-            base + path,
-            None if body is None else json.dumps(body).encode(),
-            {"content-type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            return answer.read()
-
-    try:
-        for _ in range(300):
-            assert process.poll() is None, log.read_text()[-4000:]
-            try:
-                call("/health", None)
-                break
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(1)
-        yield lambda body: json.loads(call("/v1/chat/completions", body))
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def test_over_http(server: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def test_over_http() -> None:
     """Two stories of equal shape, and the first again: no answer is taken for another's."""
     said = []
-    truths = []
-    for seed in (8, 11, 8):
-        story = stories.make("seen", seed)
-        clip = base64.b64encode(stories.write(story, folder() / "story.mp4").read_bytes()).decode()
-        body = {
-            "model": "nano",
-            "temperature": 0,
-            "max_tokens": 64,
-            "messages": [
-                {
-                    "role": "user",
-                    "content": [
-                        {
-                            "type": "video_url",
-                            "video_url": {"url": f"data:video/mp4;base64,{clip}"},
-                        },
-                        {"type": "text", "text": stories.DESCRIBE[0]},
-                    ],
-                }
-            ],
-        }
-        answer = server(body)
-        said.append(answer["choices"][0]["message"]["content"].strip())
-        truths.append(stories.describe(story))
-        gone = oracle("llava_onevision", 1, True)["prompt_tokens"]
-        assert answer["usage"]["prompt_tokens"] == gone
+    seeds = (8, 11, 8)
+    with vllm_process.server(checkpoint("llava_onevision"), SETTINGS) as port:
+        for seed in seeds:
+            clip = stories.write(stories.make("seen", seed), folder() / "story.mp4")
+            body = vllm_process.about(clip, stories.FRAMES, new_tokens=64)
+            answer = vllm_process.chat(port, body)
+            said.append(answer["choices"][0]["message"]["content"].strip())
+            kept = oracle("llava_onevision", 1, True)["prompt_tokens"]
+            assert answer["usage"]["prompt_tokens"] == kept
     assert said[2] == said[0] != said[1]
     told = [
-        stories.events_right(text, stories.make("seen", s))
-        for text, s in zip(said, (8, 11, 8), strict=True)
+        stories.events_right(text, stories.make("seen", seed))
+        for text, seed in zip(said, seeds, strict=True)
     ]
-    assert min(told) > 0, (said, truths)
+    assert min(told) > 0, said

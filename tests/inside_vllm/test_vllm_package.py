@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import vllm_process
 
 from dycoke.vllm.counts import kept_count, parse
 
@@ -79,8 +80,7 @@ def test_a_prompt_has_a_place_for_each_token_that_stays(
     video: Any = noise
     how: dict[str, Any] = {}
     if joined == 2:
-        about: dict[str, Any] = {"fps": 4.0, "total_num_frames": frames, "duration": frames / 4.0}
-        about |= {"frames_indices": [*range(frames)], "do_sample_frames": False}
+        about = {**vllm_process.times(frames, fps=4.0), "do_sample_frames": False}
         video = (noise, {**about, "video_backend": "none"})
         how = {"do_sample_frames": False, "fps": 4.0}
     ids = processor.info.get_tokenizer().encode(f"{token} what happens")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import shlex
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,15 @@ def heading(bench: Bench, sample: Sample, command: str) -> dict[str, Any]:
         "attention": text._attn_implementation,
         "versions": versions(),
         "command": command,
+    }
+
+
+def origin(command: Sequence[str], device: str) -> dict[str, Any]:
+    """What a file of figures begins with: the command that printed them, and what it ran on."""
+    return {
+        "command": shlex.join(command),
+        "hardware": hardware(torch.device(device)),
+        "versions": versions(),
     }
 
 

@@ -147,7 +147,7 @@ def _serve(
 ) -> None:
     """Measure a server, and show it."""
     from dycoke.bench import show
-    from dycoke.bench.results import hardware, versions
+    from dycoke.bench.results import origin
     from dycoke.cli.serve import needs_extra
 
     needs_extra()
@@ -176,14 +176,10 @@ def _serve(
     except LoadError as error:
         raise BadInput(str(error)) from None
     out.print(show.load_table(rows))
-    import torch
-
     from dycoke.assistant import best_device
 
     content = {
-        "command": shlex.join(["dycoke", *sys.argv[1:]]),
-        "hardware": hardware(torch.device(device or best_device())),
-        "versions": versions(),
+        **origin(["dycoke", *sys.argv[1:]], device or best_device()),
         "frames": frames,
         "new_tokens": new_tokens,
         "repeat": repeat,
