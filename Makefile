@@ -11,7 +11,7 @@ WORKERS ?= 2
 # torch and transformers anew, 15 seconds.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: install demo test test-all test-floor test-vllm check format clean
+.PHONY: install demo test test-all test-floor test-vllm check types types-of-tests format clean
 
 install: $(INSTALLED)
 
@@ -61,9 +61,14 @@ $(VLLM)/.installed: pyproject.toml
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/mypy --config-file tests/mypy.ini
+	$(MAKE) --no-print-directory --jobs 2 --output-sync types types-of-tests
 	$(BIN)/lint-imports --no-cache
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+types-of-tests: $(INSTALLED)
+	$(BIN)/mypy --config-file tests/mypy.ini
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

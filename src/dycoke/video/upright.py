@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from av import VideoFrame
@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 ORIENTATION = 0x0112  # the EXIF tag
+# FFmpeg's scaler starts threads of its own for each frame, and waits for all of them: 5 ms where
+# the cores are busy, as while a model loads. Older releases of PyAV have no such argument.
+ALONE: dict[str, Any] = {"threads": 1} if "threads" in str(VideoFrame.reformat.__doc__) else {}
 STRANGEST = 10  # pixels that are longer than this by their width are taken for a fault
 
 
@@ -91,7 +94,9 @@ def shown_size(
 def to_rgb(frame: VideoFrame, turn: Turn, size: tuple[int, int]) -> NDArray[np.uint8]:
     """The picture of shape (height, width, 3), turned, of this size (height, width)."""
     height, width = size[::-1] if turn.transpose else size
-    image = np.asarray(frame.to_ndarray(format="rgb24", width=width, height=height), np.uint8)
+    image = np.asarray(
+        frame.to_ndarray(format="rgb24", width=width, height=height, **ALONE), np.uint8
+    )
     if turn.transpose:
         image = image.swapaxes(0, 1)
     return image[:: -1 if turn.flip else 1, :: -1 if turn.mirror else 1]
