@@ -16,6 +16,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from dycoke.video.upright import ALONE
+
 GRID = 4
 DARK, LIGHT = 48, 208
 
@@ -82,7 +84,7 @@ def render(
         audio = container.add_stream("aac", rate=16000, layout="mono") if sound else None
         for value in range(count):
             frame = av.VideoFrame.from_ndarray(picture(value, height, width), format="rgb24")
-            frame = frame.reformat(format=pix_fmt)
+            frame = frame.reformat(format=pix_fmt, **ALONE)
             frame.pts, frame.time_base = times[value] if times else value, clock
             container.mux(video.encode(frame))
         if count:
@@ -157,7 +159,7 @@ def side_by_side(path: Path, *counts: int, rate: int = 25, default: int | None =
                 if value < count:
                     image = picture(1000 * at + value, stream.height, stream.width)
                     frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-                    frame = frame.reformat(format=stream.pix_fmt)
+                    frame = frame.reformat(format=stream.pix_fmt, **ALONE)
                     frame.pts, frame.time_base = value, Fraction(1, rate)
                     container.mux(stream.encode(frame))
         for stream in streams:

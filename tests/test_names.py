@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import dycoke
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +33,7 @@ print(json.dumps(missing))
 """
 
 
+@pytest.mark.once
 def test_names_in_the_documentation_resolve_after_a_bare_import() -> None:
     found = {name for page in PAGES for name in NAME.findall(page.read_text())}
     assert {"dycoke.encode_in_chunks", "dycoke.merging.budget_mask", "dycoke.VideoSpan"} <= found

@@ -365,25 +365,21 @@ needs_videos = pytest.mark.skipif(not CLIPS, reason="no ../shared/videos beside 
 
 
 @needs_videos
-@pytest.mark.parametrize("name", ["corrupted.mp4", "h265.mp4"])
-def test_a_real_clip_in_a_process_of_its_own(name: str) -> None:
+def test_a_damaged_clip_in_a_process_of_its_own() -> None:
     """What FFmpeg writes to the process's own stderr stays away, too."""
-    args = [sys.executable, "-c", "from dycoke.cli import main; main()", "run", str(VIDEOS / name)]
+    path = VIDEOS / "corrupted.mp4"
+    args = [sys.executable, "-c", "from dycoke.cli import main; main()", "run", str(path)]
     args += ["--frames", "33", "--max-new-tokens", "3", "--json"]
     done = subprocess.run(args, capture_output=True, text=True, check=False)
-    if name == "corrupted.mp4":
-        errors = [line for line in done.stderr.splitlines() if line]
-        assert done.returncode == 2, done.stderr
-        assert done.stdout == ""
-        # The model loads while the file is read, up to where it breaks off: its notes come first.
-        *notes, error = errors
-        assert error.startswith("dycoke: ")
-        assert "corrupted.mp4" in error and "28 of 50" in error
-        said = " ".join(notes)
-        assert re.fullmatch(r"(note: [^:]*)?(number format: .*)?", said), said
-    else:
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["report"]["samples"][0]["frames"] <= 33
+    errors = [line for line in done.stderr.splitlines() if line]
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    # The model loads while the file is read, up to where it breaks off: its notes come first.
+    *notes, error = errors
+    assert error.startswith("dycoke: ")
+    assert "corrupted.mp4" in error and "28 of 50" in error
+    said = " ".join(notes)
+    assert re.fullmatch(r"(note: [^:]*)?(number format: .*)?", said), said
 
 
 @needs_videos

@@ -123,6 +123,7 @@ def test_every_method_answers_and_is_counted(assistant: Assistant, monkeypatch: 
         assert row["reached"]
 
 
+@pytest.mark.once
 def test_processes_give_the_same_scores(assistant: Assistant, monkeypatch: Any) -> None:
     monkeypatch.setattr(storyqa, "CHUNK", 1)
     lines = [p.setting for p in retention.points(["vidcom2"], [0.1])[1:]]

@@ -10,7 +10,7 @@ import os
 import socket
 import tracemalloc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import cache
 from itertools import pairwise
@@ -44,7 +44,8 @@ def oracle(path: Path) -> list[tuple[str, float | None]]:
     with av.open(str(path)) as container:
         try:
             for frame in container.decode(container.streams.video[0]):
-                image = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+                image = frame.to_ndarray(format="rgb24", **upright.ALONE)
+                image = np.rot90(image, frame.rotation // 90)
                 frames.append((digest(image), frame.time))
         except av.FFmpegError:
             pass
@@ -200,6 +201,33 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("clips")
+
+
+Rendered = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def rendered(folder: Path) -> Rendered:
+    """A clip that several cases start from, rendered once."""
+
+    def call(name: str, count: int, **how: Any) -> Path:
+        path = folder / name
+        return path if path.exists() else clips.render(path, count, **how)
+
+    return call
+
+
+@pytest.mark.parametrize("size", [(48, 64), (31, 50)])
+def test_frames_are_those_of_ffmpegs_own_threads(size: tuple[int, int], tmp_path: Path) -> None:
+    """Scaled in one thread or in as many as FFmpeg likes, whole or smaller."""
+    path = clips.render(tmp_path / "clip.mp4", 3, size=(480, 640))
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            height, width = size
+            one = upright.to_rgb(frame, upright.TURNS[0], size)
+            np.testing.assert_array_equal(
+                one, frame.to_ndarray(format="rgb24", width=width, height=height)
+            )
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -373,13 +401,14 @@ WRAP = (1 << 33) // 90000  # seconds until the clock of a transport stream begin
 
 @pytest.mark.parametrize("seconds", [-4, 0, 30, 1000])
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.mov", "clip.mkv", "clip.flv"])
-def test_a_clip_that_starts_late_or_early(name: str, seconds: int, tmp_path: Path) -> None:
+def test_a_clip_that_starts_late_or_early(
+    name: str, seconds: int, rendered: Rendered, tmp_path: Path
+) -> None:
     """Whole it is read, cut it is refused, whatever time it starts at."""
     if seconds < 0 and name == "clip.flv":
         pytest.skip("its times have no sign")
-    source = clips.render(tmp_path / "source.mp4", 400)
     path = clips.remux(
-        source,
+        rendered("late.mp4", 400),
         tmp_path / name,
         shift=-seconds * 12800,
         muxer={"movflags": "faststart"} if name[5:] in ("mp4", "mov") else None,
@@ -393,8 +422,10 @@ def test_a_clip_that_starts_late_or_early(name: str, seconds: int, tmp_path: Pat
 
 
 @pytest.mark.parametrize("seconds", [-4, 30, WRAP - 1, WRAP - 40, WRAP - 200])
-def test_a_transport_stream_across_the_wrap_of_its_clock(seconds: int, tmp_path: Path) -> None:
-    source = clips.render(tmp_path / "source.ts", 1500, gop=50, options={"preset": "veryfast"})
+def test_a_transport_stream_across_the_wrap_of_its_clock(
+    seconds: int, rendered: Rendered, tmp_path: Path
+) -> None:
+    source = rendered("wrap.ts", 1500, gop=50, options={"preset": "veryfast"})
     path = clips.remux(source, tmp_path / "clip.ts", shift=-seconds * 90000)
     clip = read(path, 4)
     assert (clip.total_frames, numbers(clip)) == (1500, [0, 499, 999, 1499])
