@@ -46,9 +46,11 @@ def ranges(g: torch.Generator, shape: tuple[int, ...], most: int) -> torch.Tenso
 @pytest.mark.parametrize("block", [1, 4, 7, 256])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("kept_masks", [0, 1 << 22])
+@pytest.mark.parametrize("sharing", [("cpu",), ()])
 def test_attention_in_blocks_is_attention(
-    block: int, groups: int, kept_masks: int, monkeypatch: Any
+    block: int, groups: int, kept_masks: int, sharing: tuple[str, ...], monkeypatch: Any
 ) -> None:
+    monkeypatch.setattr(echo, "SHARING", sharing)
     monkeypatch.setattr(echo, "BLOCK", block)
     monkeypatch.setattr(echo, "KEPT_MASKS", kept_masks)
     g = torch.Generator().manual_seed(block + groups)

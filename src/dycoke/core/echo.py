@@ -28,6 +28,9 @@ BLOCK = 256
 KEPT_MASKS = 1 << 24
 """Bytes of masks that are kept from layer to layer; larger ones are made anew in each."""
 
+SHARING = ("cpu",)
+"""Devices whose kernels take a mask and heads that share keys; others get keys for each head."""
+
 FAR = 1 << 40  # behind every row
 
 
@@ -91,7 +94,9 @@ class Visible:
         """
         window = max(high - low for _, low, high in self.blocks)
         heads = query.shape[1]
-        keys, values = (_room_before(part, window, heads) for part in rows)
+        shared = query.device.type in SHARING
+        held = rows[0].shape[1] if shared else heads
+        keys, values = (_room_before(part, window, held) for part in rows)
         made = query.new_empty(query.shape[0], query.shape[2], heads, values.shape[-1])
         for i, (end, low, high) in enumerate(self.blocks):
             part, seen = slice(i * BLOCK, (i + 1) * BLOCK), slice(window - high + low, window + end)
@@ -104,6 +109,7 @@ class Visible:
                 values[:, :, seen],
                 self._mask(i, window, rows[0].shape[2], query)[..., seen],
                 scale=scaling,
+                enable_gqa=shared,
             ).transpose(1, 2)
         return made
 
@@ -130,7 +136,7 @@ class Visible:
 
 
 def _room_before(values: Tensor, window: int, heads: int) -> Tensor:
-    """Values (B, G, R, D) behind ``window`` free places, for all heads: (B, H, window + R, D)."""
+    """Values (B, G, R, D) behind ``window`` free places, for H heads: (B, H, window + R, D)."""
     batch, groups, count, width = values.shape
     made = values.new_empty(batch, groups, heads // groups, window + count, width)
     made[..., window:, :] = values[:, :, None]
