@@ -38,10 +38,10 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(PYTEST) --all
 
-# The oldest supported transformers and PyAV, laid over the same environment; without what says
-# nothing about a release.
+# The oldest supported transformers and PyAV, laid over the same environment; fewer cases of each
+# test, and without what says nothing about a release.
 test-floor: $(FLOOR)/.installed
-	PYTHONPATH=$(FLOOR) $(PYTEST) -m "not once"
+	PYTHONPATH=$(FLOOR) $(PYTEST) --light -m "not once"
 
 # dycoke.vllm in vLLM's engine on a CPU, 4 GB and a quarter of an hour: on demand, not in CI. The
 # wheel is a third party's; beside its torch the C++ parts of torchvision, torchaudio and torchcodec

@@ -34,13 +34,14 @@ def run(monkeypatch: Any, capsys: Any) -> Callable[..., tuple[int, str, str]]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="the whole product of each test's axes")
+    parser.addoption("--light", action="store_true", help="fewer cases: see tests/covering.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A covering design of each test function's cases, but with `--all` and for cases named."""
     collected = list(items)
     if not config.getoption("--all") and not any("[" in arg for arg in config.args):
-        kept = {id(item) for item in design(items)}
+        kept = {id(item) for item in design(items, config.getoption("--light"))}
         config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
         items[:] = [item for item in items if id(item) in kept]
     config.stash[COLLECTED] = collected, list(items)

@@ -10,7 +10,9 @@ only in three at once. So a few cases are chosen, with two promises:
 - in the suite every value is run, and every pair of values that meets in the products of several
   test functions, families alike included.
 
-`--all` runs the whole product.
+`--all` runs the whole product. `--light`, for the oldest releases, is content with every kind of
+value in each test function; the second promise stays, so that what a release calls otherwise is
+met by every family, backend and kind of batch.
 """
 
 from __future__ import annotations
@@ -47,10 +49,13 @@ def kind_of(value: Value) -> Value:
     return (axis, ALIKE.get(str(chosen), chosen)) if axis == "family" else value
 
 
-def pairs_of(case: Iterable[Value]) -> set[Pair]:
-    """The pairs of values that meet in a case; where there is one axis, the value alone."""
+def pairs_of(case: Iterable[Value], strength: int = 2) -> set[Pair]:
+    """The pairs of values that meet in a case; where there is one axis, the value alone.
+
+    With a ``strength`` of 1: the values.
+    """
     case = tuple(case)
-    return {frozenset(pair) for pair in combinations(case, min(2, len(case)))}
+    return {frozenset(pair) for pair in combinations(case, min(strength, len(case)))}
 
 
 class Design:
@@ -58,10 +63,11 @@ class Design:
 
     Greedy and deterministic: the case with the most pairs of kinds that are new to its function,
     of equals that with the most pairs of values new to the suite, then that whose values were
-    taken least, then the first.
+    taken least, then the first. ``strength``: 1 where kinds need not meet in pairs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, strength: int = 2) -> None:
+        self.strength = strength
         self.met: set[Pair] = set()
         self.taken: Counter[Value] = Counter()
         self.turns: Counter[Pair] = Counter()
@@ -69,7 +75,7 @@ class Design:
     def choose(self, cases: Sequence[Case], wanted: Collection[Pair] | None = None) -> list[int]:
         """Indices of cases in which all pairs of kinds meet, or the pairs ``wanted`` of values."""
         if wanted is None:
-            new = [pairs_of(map(kind_of, case)) for case in cases]
+            new = [pairs_of(map(kind_of, case), self.strength) for case in cases]
             missing = set().union(*new)
             if all(len(case) == 1 and case[0][0] == "family" for case in cases):
                 missing = self._turns(missing)
@@ -120,9 +126,9 @@ def functions(items: Sequence[pytest.Item]) -> dict[str, list[pytest.Item]]:
     return groups
 
 
-def design(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+def design(items: Sequence[pytest.Item], light: bool = False) -> list[pytest.Item]:
     """The items that are run."""
-    made, chosen = Design(), []
+    made, chosen = Design(1 if light else 2), []
     for group in functions(items).values():
         cases = [case_of(item) for item in group]
         chosen += [group[i] for i in made.choose(cases)] if all(cases) else group

@@ -31,6 +31,13 @@ def test_every_pair_of_values_meets(sizes: tuple[int, ...]) -> None:
     assert len(sizes) < 3 or len(chosen) < len(cases)
 
 
+def test_where_pairs_are_not_asked_for_every_value_is_taken() -> None:
+    cases = axes(15, 3, 2)
+    chosen = [cases[i] for i in covering.Design(strength=1).choose(cases)]
+    assert len(chosen) == 15
+    assert {value for case in chosen for value in case} == {v for case in cases for v in case}
+
+
 def test_what_never_meets_is_not_asked_for() -> None:
     """A product with holes."""
     cases = [case for case in axes(3, 3, 3) if case[0][1] <= case[1][1] != case[2][1]]
@@ -64,6 +71,7 @@ def test_families_alike_are_known() -> None:
 def test_this_very_run_covers_every_pair(request: pytest.FixtureRequest) -> None:
     """Of kinds in every test function, of shared values in the suite: of all that was collected."""
     everything, chosen = request.config.stash[covering.COLLECTED]
+    strength = 1 if request.config.getoption("--light") else 2
     run = covering.functions(chosen)
     met, values = set(), set()
     for function, items in covering.functions(everything).items():
@@ -76,7 +84,7 @@ def test_this_very_run_covers_every_pair(request: pytest.FixtureRequest) -> None
             met |= covering.pairs_of(case)
             values |= {frozenset([value]) for value in case}
         kinds = [
-            set().union(*(covering.pairs_of(map(covering.kind_of, case)) for case in some))
+            set().union(*(covering.pairs_of(map(covering.kind_of, x), strength) for x in some))
             for some in (cases, kept)
         ]
         if {axis for case in cases for axis, _ in case} == {"family"}:
