@@ -718,7 +718,7 @@ def test_names_that_cannot_be_opened(tmp_path: Path) -> None:
     path = clips.render(tmp_path / "clip.mp4", 2)
     with pytest.raises(VideoError, match=r"cannot be opened \(Not a directory\)"):
         read(path / "more", 2)
-    with pytest.raises(VideoError, match=r"cannot be opened \(embedded null byte\)"):
+    with pytest.raises(VideoError, match=r"cannot be opened \(.*embedded null \w+"):
         read("a\0b", 2)
     (tmp_path / "link.mp4").symlink_to(tmp_path / "gone.mp4")
     assert refused(tmp_path / "link.mp4") == "no such file"
