@@ -61,7 +61,7 @@ $(VLLM)/.installed: pyproject.toml
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(MAKE) --no-print-directory --jobs 2 --output-sync types types-of-tests
+	$(MAKE) --no-print-directory --jobs 2 types types-of-tests
 	$(BIN)/lint-imports --no-cache
 
 types: $(INSTALLED)

@@ -718,7 +718,8 @@ def test_names_that_cannot_be_opened(tmp_path: Path) -> None:
     path = clips.render(tmp_path / "clip.mp4", 2)
     with pytest.raises(VideoError, match=r"cannot be opened \(Not a directory\)"):
         read(path / "more", 2)
-    with pytest.raises(VideoError, match=r"cannot be opened \(.*embedded null \w+"):
+    null = "embedded null byte|stat: embedded null character in path"  # Python 3.13's words
+    with pytest.raises(VideoError, match=rf"cannot be opened \(({null})\)"):
         read("a\0b", 2)
     (tmp_path / "link.mp4").symlink_to(tmp_path / "gone.mp4")
     assert refused(tmp_path / "link.mp4") == "no such file"
